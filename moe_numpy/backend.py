@@ -1,0 +1,72 @@
+"""The array library behind the mathematics: NumPy, or CuPy on request.
+
+Every pair writes ``xp.exp(x)``. `xp` is a module whose names are those of the library in use, so a
+look-up costs what a look-up in NumPy costs, and `use_backend` changes it for everybody at once.
+This is the only file that names CuPy. Random numbers are drawn on the host and moved with
+`to_device`; losses and records come back with `to_host`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, or cupy.ndarray inside use_backend("cupy")
+Cache = tuple
+
+xp = types.ModuleType("xp", "The array library in use; see use_backend.")
+vars(xp).update(vars(np))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[types.ModuleType]:
+    """Let every pair compute with "numpy" or "cupy" inside the block; restore the former after it.
+
+    Raises     ValueError if the name is unknown, CuPy is not installed, or it finds no GPU
+    """
+    before = dict(vars(xp))
+    _fill(vars(_library(name)))
+    try:
+        yield xp
+    finally:
+        _fill(before)
+
+
+def to_device(x: Any, dtype: Any = None) -> Array:
+    """Move a host array to the library in use, as `dtype` if one is named."""
+    return xp.asarray(x, dtype=dtype)
+
+
+def to_host(x: Any) -> np.ndarray:
+    """Bring an array of any backend back as a NumPy array."""
+    return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def _fill(names: dict[str, Any]) -> None:
+    vars(xp).clear()
+    vars(xp).update(names)
+
+
+def _library(name: str) -> types.ModuleType:
+    if name == "numpy":
+        return np
+    if name != "cupy":
+        raise ValueError(f'use_backend: backend must be "numpy" or "cupy", got {name!r}.')
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError:
+        raise ValueError(
+            "use_backend: CuPy is not installed. Install cupy-cuda12x or cupy-cuda13x, "
+            "whichever fits your CUDA driver."
+        ) from None
+    if not cupy.is_available():
+        raise ValueError(
+            "use_backend: CuPy is installed but finds no GPU. Install a CUDA driver, "
+            'or use the "numpy" backend.'
+        )
+    return cupy

@@ -1,0 +1,66 @@
+"""Files that are whole or not there: written beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a temporary file, then rename it to `path`; an older file stays until then.
+
+    Raises     ValueError if the folder cannot be written to
+    """
+    path = Path(path)
+    require_folder(path.parent)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: str | Path, record: Any) -> None:
+    """Write a record as JSON, atomically; numbers that are not finite are refused."""
+    text = json.dumps(record, indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a record.
+
+    Raises     ValueError if the file is missing or no JSON
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"read_json: {path} must be a record in JSON, got: {error}. "
+            "Write it anew with the command that makes it."
+        ) from None
+
+
+def require_folder(folder: str | Path) -> None:
+    """Make the folder if it is not there, and see that a file can be written into it.
+
+    Raises     ValueError if it cannot
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output folder: {folder} must be writable, got: {error.strerror}. "
+            "Choose another folder."
+        ) from None

@@ -1,0 +1,129 @@
+"""Capacity: which choices get a place with their expert, written down as a Plan.
+
+A plan is two maps. `slot_NK` says in which row of the experts' input each choice sits; `token_R`
+and `choice_R` say which token and which choice each row holds. Rows are sorted by expert, so the
+rows of one expert are one contiguous slice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe_numpy.backend import Array, to_device, to_host, xp
+from moe_numpy.config import Capacity
+
+
+class Plan(NamedTuple):
+    """Who sits where. R rows hold the accepted choices, sorted by expert, then by choice.
+
+    slot_NK    row of each choice; R if the choice was dropped
+    token_R    token of each row
+    choice_R   flat choice n * K + k of each row
+    offsets    E + 1 whole numbers: the rows of expert e are offsets[e] to offsets[e + 1]
+    """
+
+    slot_NK: Array
+    token_R: Array
+    choice_R: Array
+    offsets: tuple[int, ...]
+
+
+def make_plan(
+    expert_NK: Array, score_NE: Array, prob_NE: Array, capacity: Capacity | None
+) -> tuple[Array, Plan]:
+    """Give the choices their places.
+
+    Without a limit every choice gets a row. With one, the choices queue up in the order of
+    `capacity.priority`, and each takes a place with its expert while there is one. A choice that
+    finds its expert full is dropped, or (overflow "next_best") moves on to the token's best expert
+    that has room and that the token does not use already.
+
+    With priority "token" no place depends on a later token: the routing is causal. "choice" and
+    "score" are not.
+
+    Shapes     expert_NK (N, K) integers, best first; score_NE (N, E) what they were chosen by;
+               prob_NE (N, E) for the priority "score"
+               -> expert_NK (N, K) the experts in use, and the plan; a dropped choice keeps its
+               expert, so that its gate is still defined
+    Source     Lepikhin et al. 2020, GShard, algorithm 1 (choice order, drop); Riquelme et al. 2021,
+               V-MoE, section 4 (score); Fedus et al. 2022, appendix B (next best expert)
+    """
+    N, K = expert_NK.shape
+    E = prob_NE.shape[1]
+    if capacity is None:
+        return expert_NK, _plan(expert_NK, xp.ones((N, K), bool), E)
+    places = capacity.places(N, K, E)
+    queue = _queue(expert_NK, prob_NE, capacity.priority)
+    if capacity.overflow == "next_best":
+        expert_NK, accepted_NK = _serve_next_best(expert_NK, score_NE, queue, places)
+    else:
+        accepted_NK = _serve_or_drop(expert_NK, queue, places)
+    return expert_NK, _plan(expert_NK, accepted_NK, E)
+
+
+def _queue(expert_NK: Array, prob_NE: Array, priority: str) -> Array:
+    """Order the flat choices n * K + k; equal scores queue in token order."""
+    N, K = expert_NK.shape
+    flat = xp.arange(N * K)
+    if priority == "token":
+        return flat
+    if priority == "choice":
+        return flat.reshape(N, K).T.reshape(-1)
+    prob = xp.take_along_axis(prob_NE, expert_NK, 1).reshape(-1)
+    return xp.argsort(-prob, kind="stable")
+
+
+def _serve_or_drop(expert_NK: Array, queue: Array, places: int) -> Array:
+    """Accept the first `places` choices of every expert."""
+    queued_expert = expert_NK.reshape(-1)[queue]
+    order = xp.argsort(queued_expert, kind="stable")  # by expert, then by place in the queue
+    sorted_expert = queued_expert[order]
+    rank = xp.arange(order.size) - xp.searchsorted(sorted_expert, sorted_expert)
+    accepted = xp.zeros(order.size, bool)
+    accepted[queue[order]] = rank < places
+    return accepted.reshape(expert_NK.shape)
+
+
+def _serve_next_best(
+    expert_NK: Array, score_NE: Array, queue: Array, places: int
+) -> tuple[Array, Array]:
+    """Serve the queue one choice after the other: where one goes depends on all before it.
+
+    The walk is plain Python over host integers. It starts with the expert that was chosen, then
+    follows the token's ranking of all experts.
+    """
+    N, K = expert_NK.shape
+    E = score_NE.shape[1]
+    expert = to_host(expert_NK).tolist()
+    ranking = to_host(xp.argsort(-score_NE, axis=1, kind="stable")).tolist()
+    room = [places] * E
+    accepted = [[False] * K for _ in range(N)]
+    for flat in to_host(queue).tolist():
+        n, k = divmod(flat, K)
+        used = [e for j, e in enumerate(expert[n]) if j != k]
+        for e in (expert[n][k], *ranking[n]):
+            if room[e] and e not in used:
+                room[e] -= 1
+                expert[n][k] = e
+                accepted[n][k] = True
+                break
+    shape = (N, K)
+    return (
+        to_device(expert, expert_NK.dtype).reshape(shape),
+        to_device(accepted, bool).reshape(shape),
+    )
+
+
+def _plan(expert_NK: Array, accepted_NK: Array, E: int) -> Plan:
+    N, K = expert_NK.shape
+    choice = xp.flatnonzero(accepted_NK)
+    expert = expert_NK.reshape(-1)[choice]
+    choice_R = choice[xp.argsort(expert, kind="stable")]
+    R = choice_R.size
+    slot = xp.full(N * K, R, xp.intp)
+    slot[choice_R] = xp.arange(R)
+    counts = to_host(xp.bincount(expert, minlength=E)).tolist()
+    offsets = [0]
+    for count in counts:
+        offsets.append(offsets[-1] + count)
+    return Plan(slot.reshape(N, K), choice_R // K, choice_R, tuple(offsets))

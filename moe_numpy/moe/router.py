@@ -1,0 +1,182 @@
+"""The router: logits, noise, the choice of the top k experts, and their gate weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from numpy.random import Generator
+
+from moe_numpy.backend import Array, Cache, to_device, xp
+from moe_numpy.config import GaussianNoise, InputJitter, LearnedNoise, MoEConfig
+from moe_numpy.ops import activation, linear, softmax
+
+
+class RouterParams(NamedTuple):
+    """What a router learns; `bias_E` is moved by the bias rule instead of a gradient."""
+
+    w_CE: Array
+    noise_CE: Array | None
+    bias_E: Array | None
+
+
+def init_router(rng: Generator, cfg: MoEConfig, width: int, dtype: str) -> RouterParams:
+    """Draw small logit weights; the noise scale and the selection bias start at zero."""
+    E = cfg.num_experts
+    return RouterParams(
+        w_CE=to_device(rng.normal(0.0, 0.02, (width, E)), dtype),
+        noise_CE=xp.zeros((width, E), dtype) if isinstance(cfg.noise, LearnedNoise) else None,
+        bias_E=xp.zeros(E, dtype) if cfg.bias_rate else None,
+    )
+
+
+def draw_noise(rng: Generator, cfg: MoEConfig, tokens: int, width: int, dtype: str) -> Array | None:
+    """Draw on the host what `router_forward` takes as its noise for one batch.
+
+    Standard normal (N, E) numbers for noise on the logits, uniform (N, C) numbers from -1 to 1 for
+    input jitter, None if the layer has no noise. The configuration scales them.
+    """
+    if cfg.noise is None:
+        return None
+    if isinstance(cfg.noise, InputJitter):
+        return to_device(rng.uniform(-1.0, 1.0, (tokens, width)), dtype)
+    return to_device(rng.standard_normal((tokens, cfg.num_experts)), dtype)
+
+
+def router_forward(
+    x_NC: Array, params: RouterParams, cfg: MoEConfig, noise: Array | None = None
+) -> tuple[Array, Array, Array | None, Cache]:
+    """Score every expert for every token, cleanly and with noise.
+
+        clean = x W,    noisy = clean + noise * scale
+        scale = softplus(x W_noise) + floor  (learned)   or   std  (fixed)
+        with input jitter instead: clean = (x * (1 + eps noise)) W,  noisy = clean
+
+    ``noise=None`` is evaluation: noisy = clean.
+
+    Shapes     x_NC (N, C); noise (N, E), or (N, C) for jitter
+               -> clean_NE, noisy_NE (N, E); scale_NE (N, E), the deviation of the noise on the
+               logits, None if there is none
+    Units      logits in nats
+    Cache      (jitter_NC, noise, linear caches, softplus cache): none is a copy of x
+    Raises     ValueError if there is noise for a layer that has none
+    Source     Shazeer et al. 2017, eq. 3 and 4; Fedus et al. 2022, section 2.4 (jitter)
+    """
+    if noise is not None and cfg.noise is None:
+        raise ValueError("router_forward: noise came for a layer with noise=None. Pass None.")
+    jitter_NC = None
+    if noise is not None and isinstance(cfg.noise, InputJitter):
+        jitter_NC = 1.0 + cfg.noise.eps * noise  # 1. the router's own view of the token
+        x_NC = x_NC * jitter_NC
+    clean_NE, logit_cache = linear.linear_forward(x_NC, params.w_CE)  # 2. clean logits
+    if noise is None or jitter_NC is not None:
+        return clean_NE, clean_NE, None, (params, jitter_NC, None, logit_cache, None)
+    if isinstance(cfg.noise, GaussianNoise):
+        scale_NE = xp.full_like(clean_NE, cfg.noise.std)  # 3. fixed noise
+        noisy_NE = clean_NE + noise * scale_NE
+        return clean_NE, noisy_NE, scale_NE, (params, None, None, logit_cache, None)
+    raw_NE, raw_cache = linear.linear_forward(x_NC, params.noise_CE)  # 3. learned noise
+    scale_NE, scale_cache = activation.softplus_forward(raw_NE)
+    scale_NE += cfg.noise.floor
+    noisy_NE = clean_NE + noise * scale_NE
+    return (
+        clean_NE,
+        noisy_NE,
+        scale_NE,
+        (params, None, noise, logit_cache, (raw_cache, scale_cache)),
+    )
+
+
+def router_backward(
+    dclean_NE: Array, dnoisy_NE: Array, dscale_NE: Array | None, cache: Cache
+) -> tuple[Array, RouterParams]:
+    """Undo `router_forward`.
+
+    noisy = clean + noise * scale sends dnoisy on to clean and, times the noise, to the scale:
+        dclean += dnoisy,    dscale += noise * dnoisy,    draw = dscale * sigmoid(raw).
+    The selection bias has no gradient: it only chooses.
+
+    Shapes     dclean_NE, dnoisy_NE (N, E); dscale_NE (N, E) or None -> dx_NC (N, C), grads
+    """
+    params, jitter_NC, noise, logit_cache, noise_caches = cache
+    dx_NC, dw_CE = linear.linear_backward(dclean_NE + dnoisy_NE, logit_cache)  # 2.
+    dnoise_CE = None if params.noise_CE is None else xp.zeros_like(params.noise_CE)
+    if noise_caches is not None:  # 3.
+        raw_cache, scale_cache = noise_caches
+        dscale_NE = dscale_NE + noise * dnoisy_NE
+        draw_NE = activation.softplus_backward(dscale_NE, scale_cache)
+        dx_noise_NC, dnoise_CE = linear.linear_backward(draw_NE, raw_cache)
+        dx_NC = dx_NC + dx_noise_NC
+    if jitter_NC is not None:  # 1.
+        dx_NC = dx_NC * jitter_NC
+    dbias_E = None if params.bias_E is None else xp.zeros_like(params.bias_E)
+    return dx_NC, RouterParams(dw_CE, dnoise_CE, dbias_E)
+
+
+def top_k(score_NE: Array, k: int) -> Array:
+    """Choose the k best experts of every token, best first; a tie goes to the lower index.
+
+    A discrete decision: it has no gradient. Repeated argmax beats sorting for the small k in use.
+
+    Shapes     score_NE (N, E) -> expert_NK (N, k) integers
+    """
+    N = score_NE.shape[0]
+    remaining_NE = score_NE.copy()
+    expert_NK = xp.empty((N, k), xp.intp)
+    for choice in range(k):
+        best_N = remaining_NE.argmax(1)
+        expert_NK[:, choice] = best_N
+        remaining_NE[xp.arange(N), best_N] = -xp.inf
+    return expert_NK
+
+
+def raw_gate_forward(prob_NE: Array, expert_NK: Array) -> tuple[Array, Cache]:
+    """Weigh the chosen experts by their probability among all experts.
+
+        gate[n, k] = prob[n, expert[n, k]]
+
+    Shapes     prob_NE (N, E); expert_NK (N, K) integers, all different in a row -> gate_NK (N, K)
+    Cache      (expert_NK, E)
+    Source     Fedus et al. 2022, Switch Transformers, eq. 2
+    """
+    return xp.take_along_axis(prob_NE, expert_NK, 1), (expert_NK, prob_NE.shape[1])
+
+
+def raw_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
+    """Put each gradient back where its gate was read; the experts of a token are all different.
+
+    Shapes     dgate_NK (N, K) -> dprob_NE (N, E)
+    """
+    expert_NK, E = cache
+    dprob_NE = xp.zeros((expert_NK.shape[0], E), dgate_NK.dtype)
+    xp.put_along_axis(dprob_NE, expert_NK, dgate_NK, 1)
+    return dprob_NE
+
+
+def renormalized_gate_forward(logit_NE: Array, expert_NK: Array) -> tuple[Array, Cache]:
+    """Weigh the chosen experts by a softmax among themselves.
+
+        gate[n, :] = softmax(logit[n, expert[n, :]])
+
+    This is the softmax over all experts after every logit but the chosen ones was set to minus
+    infinity, and also the raw gates divided by their sum: one function, three descriptions.
+
+    Shapes     logit_NE (N, E); expert_NK (N, K) integers, all different in a row -> gate_NK (N, K)
+    Cache      (gate_NK, gather cache)
+    Source     Shazeer et al. 2017, eq. 3 and 5
+    """
+    chosen_NK, gather_cache = raw_gate_forward(logit_NE, expert_NK)  # 1. only the chosen logits
+    gate_NK, _ = softmax.softmax_forward(chosen_NK)  # 2. softmax among them
+    return gate_NK, (gate_NK, gather_cache)
+
+
+def renormalized_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
+    """Undo `renormalized_gate_forward`: dlogit[chosen] = gate (dgate - <gate, dgate>).
+
+    A logit that was not chosen gets exactly nothing, and with one choice (gate = 1) neither does
+    the chosen one: a renormalized top-1 router does not learn from the task.
+
+    Shapes     dgate_NK (N, K) -> dlogit_NE (N, E)
+    """
+    gate_NK, gather_cache = cache
+    dchosen_NK = softmax.softmax_backward(dgate_NK, (gate_NK,))  # 2.
+    return raw_gate_backward(dchosen_NK, gather_cache)  # 1.

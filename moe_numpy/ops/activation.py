@@ -1,0 +1,216 @@
+"""Activations, element by element, and the gated pairs that expert MLPs use."""
+
+from __future__ import annotations
+
+import math
+
+from moe_numpy.backend import Array, Cache, xp
+from moe_numpy.ops import normal
+
+def relu_forward(x: Array) -> tuple[Array, Cache]:
+    """Keep what is positive.
+
+        y = max(x, 0)
+
+    Shapes     x (...) -> y (...)
+    Cache      (positive,): one byte an element
+    Source     Nair and Hinton 2010
+    """
+    positive = x > 0
+    return x * positive, (positive,)
+
+
+def relu_backward(dy: Array, cache: Cache) -> Array:
+    """Let the gradient through where x was positive; at zero the subgradient is zero.
+
+    Shapes     dy (...) -> dx (...)
+    """
+    (positive,) = cache
+    return dy * positive
+
+
+def sigmoid_forward(x: Array) -> tuple[Array, Cache]:
+    """Squash to the interval from 0 to 1.
+
+        y = 1 / (1 + exp(-x))
+
+    Shapes     x (...) -> y (...)
+    Cache      (y,)
+    Source     the logistic function
+    """
+    y = _sigmoid(x)
+    return y, (y,)
+
+
+def sigmoid_backward(dy: Array, cache: Cache) -> Array:
+    """Undo `sigmoid_forward`: dy/dx = y (1 - y).
+
+    Shapes     dy (...) -> dx (...)
+    """
+    (y,) = cache
+    return dy * y * (1.0 - y)
+
+
+def softplus_forward(x: Array) -> tuple[Array, Cache]:
+    """Take a smooth positive part.
+
+        y = log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|))
+
+    Shapes     x (...) -> y (...)
+    Cache      (x,)
+    Source     Dugas et al. 2001; the noise scale of Shazeer et al. 2017, eq. 4
+    """
+    return xp.maximum(x, 0) + xp.log1p(xp.exp(-xp.abs(x))), (x,)
+
+
+def softplus_backward(dy: Array, cache: Cache) -> Array:
+    """Undo `softplus_forward`: dy/dx = exp(x) / (1 + exp(x)) = sigmoid(x).
+
+    Shapes     dy (...) -> dx (...)
+    """
+    (x,) = cache
+    return dy * _sigmoid(x)
+
+
+def silu_forward(x: Array) -> tuple[Array, Cache]:
+    """Weight x by its own sigmoid.
+
+        y = x sigmoid(x)
+
+    Shapes     x (...) -> y (...)
+    Cache      (x, s): s = sigmoid(x)
+    Source     Elfwing et al. 2018; Ramachandran et al. 2017 (Swish)
+    """
+    s = _sigmoid(x)
+    return x * s, (x, s)
+
+
+def silu_backward(dy: Array, cache: Cache) -> Array:
+    """Undo `silu_forward`: dy/dx = s + x s (1 - s) = s (1 + x (1 - s)).
+
+    Shapes     dy (...) -> dx (...)
+    """
+    x, s = cache
+    return dy * (s * (1.0 + x * (1.0 - s)))
+
+
+def gelu_forward(x: Array) -> tuple[Array, Cache]:
+    """Weight x by the probability that a standard normal number is below it.
+
+        y = x Phi(x)
+
+    Shapes     x (...) -> y (...)
+    Cache      (x, phi): phi = Phi(x)
+    Source     Hendrycks and Gimpel 2016, Gaussian Error Linear Units, eq. 1
+    """
+    phi = normal.normal_cdf(x)
+    return x * phi, (x, phi)
+
+
+def gelu_backward(dy: Array, cache: Cache) -> Array:
+    """Undo `gelu_forward`: dy/dx = Phi(x) + x Phi'(x), where Phi' is the normal density.
+
+    Shapes     dy (...) -> dx (...)
+    """
+    x, phi = cache
+    return dy * (phi + x * normal.normal_pdf(x))
+
+
+def gelu_tanh_forward(x: Array) -> tuple[Array, Cache]:
+    """Approximate `gelu_forward` with one exponential.
+
+        y = x (1 + tanh(u)) / 2 = x sigmoid(2 u),    u = sqrt(2/pi) (x + 0.044715 x^3)
+
+    Shapes     x (...) -> y (...)
+    Cache      (x, s): s = sigmoid(2 u)
+    Source     Hendrycks and Gimpel 2016, section 2; the form that GPT-2 uses
+    """
+    a = 2.0 * math.sqrt(2.0 / math.pi)
+    s = _sigmoid(x * (a + (a * 0.044715) * (x * x)))
+    return x * s, (x, s)
+
+
+def gelu_tanh_backward(dy: Array, cache: Cache) -> Array:
+    """Undo `gelu_tanh_forward`: dy/dx = s + x s (1 - s) d(2u)/dx.
+
+    d(2u)/dx = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+
+    Shapes     dy (...) -> dx (...)
+    """
+    x, s = cache
+    a = 2.0 * math.sqrt(2.0 / math.pi)
+    slope = a + (a * 3.0 * 0.044715) * (x * x)
+    return dy * (s * (1.0 + x * (1.0 - s) * slope))
+
+
+def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
+    """Gate one projection with the SiLU of another.
+
+        y = silu(gate) * up
+
+    Shapes     gate (..., F); up (..., F) -> y (..., F)
+    Cache      (act, up, silu cache)
+    Source     Shazeer 2020, GLU Variants Improve Transformer, eq. 6
+    """
+    act, act_cache = silu_forward(gate)
+    return act * up, (act, up, act_cache)
+
+
+def swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
+    """Undo `swiglu_forward` by the product rule: dup = dy act, dgate = dy up act'.
+
+    Shapes     dy (..., F) -> dgate (..., F), dup (..., F)
+    """
+    act, up, act_cache = cache
+    return silu_backward(dy * up, act_cache), dy * act
+
+
+def geglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
+    """Gate one projection with the (tanh) GELU of another.
+
+        y = gelu_tanh(gate) * up
+
+    Shapes     gate (..., F); up (..., F) -> y (..., F)
+    Cache      (act, up, gelu cache)
+    Source     Shazeer 2020, GLU Variants Improve Transformer, eq. 6; differs: tanh form, as T5 and
+               Grok-1 compute it
+    """
+    act, act_cache = gelu_tanh_forward(gate)
+    return act * up, (act, up, act_cache)
+
+
+def geglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
+    """Undo `geglu_forward` by the product rule: dup = dy act, dgate = dy up act'.
+
+    Shapes     dy (..., F) -> dgate (..., F), dup (..., F)
+    """
+    act, up, act_cache = cache
+    return gelu_tanh_backward(dy * up, act_cache), dy * act
+
+
+def activate_forward(kind: str, a: Array, up: Array | None = None) -> tuple[Array, Cache]:
+    """Apply the activation named `kind`; the gated kinds also take `up`.
+
+        y = kind(a)    or    y = kind(a, up)
+
+    Shapes     a (..., F); up (..., F) for "swiglu" and "geglu", else None -> y (..., F)
+    Cache      (kind, cache of the activation)
+    Source     the functions above; looked up by name, so that a swapped one is used
+    """
+    forward = globals()[f"{kind}_forward"]
+    y, cache = forward(a) if up is None else forward(a, up)
+    return y, (kind, cache)
+
+
+def activate_backward(dy: Array, cache: Cache) -> Array | tuple[Array, Array]:
+    """Hand the gradient to the activation that was applied.
+
+    Shapes     dy (..., F) -> da (..., F), and dup (..., F) for the gated kinds
+    """
+    kind, act_cache = cache
+    return globals()[f"{kind}_backward"](dy, act_cache)
+
+
+def _sigmoid(x: Array) -> Array:
+    # Below -80 the sigmoid is zero to 34 digits; without the bound exp overflows in float32.
+    return 1.0 / (1.0 + xp.exp(-xp.maximum(x, -80.0)))

@@ -1,0 +1,69 @@
+"""Normalization of the last axis."""
+
+from __future__ import annotations
+
+from moe_numpy.backend import Array, Cache, xp
+
+
+def rms_norm_forward(x: Array, gain_C: Array, eps: float = 1e-5) -> tuple[Array, Cache]:
+    """Divide each row by its root mean square, then scale every channel.
+
+        r = 1 / sqrt(mean(x^2) + eps),    y = gain * x * r
+
+    Shapes     x (..., C); gain_C (C,) -> y (..., C)
+    Cache      (unit, r, gain_C): unit = x * r, as large as x
+    Source     Zhang and Sennrich 2019, Root Mean Square Layer Normalization, eq. 4
+    """
+    r = 1.0 / xp.sqrt((x * x).mean(-1, keepdims=True) + eps)  # 1. inverse size
+    unit = x * r  # 2. unit size
+    return gain_C * unit, (unit, r, gain_C)  # 3. gain
+
+
+def rms_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
+    """Undo `rms_norm_forward`.
+
+    With q = gain * dy and dr/dx_j = -r^3 x_j / C,
+        dx_j = r q_j + sum_i q_i x_i dr/dx_j = r (q_j - unit_j mean(q * unit)).
+
+    Shapes     dy (..., C) -> dx (..., C), dgain_C (C,)
+    """
+    unit, r, gain_C = cache
+    dgain_C = (dy * unit).reshape(-1, unit.shape[-1]).sum(0)  # 3.
+    q = gain_C * dy
+    dx = r * (q - unit * (q * unit).mean(-1, keepdims=True))  # 2. and 1.
+    return dx, dgain_C
+
+
+def layer_norm_forward(
+    x: Array, gain_C: Array, bias_C: Array, eps: float = 1e-5
+) -> tuple[Array, Cache]:
+    """Shift each row to mean zero and variance one, then scale and shift every channel.
+
+        unit = (x - mean(x)) / sqrt(var(x) + eps),    y = gain * unit + bias
+
+    Shapes     x (..., C); gain_C (C,); bias_C (C,) -> y (..., C)
+    Cache      (unit, r, gain_C): unit is as large as x
+    Source     Ba et al. 2016, Layer Normalization, eq. 4; the variance is the population's
+    """
+    centered = x - x.mean(-1, keepdims=True)  # 1. mean zero
+    r = 1.0 / xp.sqrt((centered * centered).mean(-1, keepdims=True) + eps)  # 2. inverse deviation
+    unit = centered * r  # 3. variance one
+    return gain_C * unit + bias_C, (unit, r, gain_C)  # 4. gain and bias
+
+
+def layer_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
+    """Undo `layer_norm_forward`.
+
+    With q = gain * dy: shifting or stretching the row x leaves unit as it is, so the two directions
+    (ones and unit) are taken out of q:
+        dx = r (q - mean(q) - unit mean(q * unit)).
+
+    Shapes     dy (..., C) -> dx (..., C), dgain_C (C,), dbias_C (C,)
+    """
+    unit, r, gain_C = cache
+    C = unit.shape[-1]
+    dbias_C = dy.reshape(-1, C).sum(0)  # 4.
+    dgain_C = (dy * unit).reshape(-1, C).sum(0)
+    q = gain_C * dy
+    dx = q - q.mean(-1, keepdims=True) - unit * (q * unit).mean(-1, keepdims=True)  # 3. to 1.
+    return r * dx, dgain_C, dbias_C

@@ -1,0 +1,80 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+The file is a plain `.npz` of arrays plus one JSON text; nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_numpy import files, tree
+from moe_numpy.backend import to_device, to_host
+
+FORMAT = "moe_numpy checkpoint 1"
+
+
+def save_checkpoint(path: str | Path, trees: dict[str, tree.Tree], meta: dict[str, Any]) -> None:
+    """Write trees of arrays and plain JSON data into one file, atomically."""
+    arrays = {
+        name: to_host(leaf)
+        for prefix, branch in trees.items()
+        for name, leaf in tree.named_leaves(branch, prefix)
+    }
+    text = json.dumps({"format": FORMAT, **meta})
+    arrays["meta"] = np.frombuffer(text.encode(), np.uint8)
+    files.write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read a checkpoint: its arrays by dotted name, and its JSON data.
+
+    Raises
+    ------
+    ValueError
+        if the file is missing, truncated, damaged, or not a checkpoint of moe_numpy.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        meta = json.loads(arrays.pop("meta").tobytes())
+    except FileNotFoundError:
+        raise ValueError(
+            f"load_checkpoint: {path} must be a checkpoint, got no such file. Check the path."
+        ) from None
+    except (OSError, EOFError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"load_checkpoint: {path} must be a whole checkpoint of moe_numpy, got a truncated or "
+            f"foreign file ({error}). Use the file that `train` wrote."
+        ) from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ValueError(
+            f'load_checkpoint: {path} must say "{FORMAT}", got another kind of file. '
+            "Use the file that `train` of this version wrote."
+        )
+    return arrays, meta
+
+
+def restore(like: tree.Tree, arrays: dict[str, np.ndarray], prefix: str) -> tree.Tree:
+    """Pick the arrays of one tree out of a checkpoint; `like` says what must be there.
+
+    Raises
+    ------
+    ValueError
+        if an array is missing or has another shape: the checkpoint is of another configuration.
+    """
+    picked = []
+    for name, leaf in tree.named_leaves(like, prefix):
+        came = arrays.get(name)
+        if came is None or came.shape != leaf.shape or came.dtype != leaf.dtype:
+            found = "none" if came is None else f"{came.dtype} {came.shape}"
+            raise ValueError(
+                f"restore: {name} must be {leaf.dtype} {leaf.shape}, got {found}. "
+                "The checkpoint is of another configuration: build the model it was written with."
+            )
+        picked.append(to_device(came))
+    return tree.from_leaves(like, picked)

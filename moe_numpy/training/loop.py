@@ -1,0 +1,338 @@
+"""The training loop: a run that can be stopped at any step and goes on bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_numpy import config
+from moe_numpy.backend import to_device, to_host, xp
+from moe_numpy.config import ModelConfig, TrainingConfig
+from moe_numpy.moe import balance
+from moe_numpy.training import checkpoint, data, optimizer
+from moe_numpy.transformer import model
+
+
+class Series(NamedTuple):
+    """What every step left behind: one row a step; layers are the MoE layers only.
+
+    cross_entropy, aux, rate, norm     (steps,): nats per token, weighted balance terms, learning
+                                       rate, gradient norm before clipping
+    wished, load                       (steps, layers, E): choices before and after the limits
+    dropped, decisiveness, entropy     (steps, layers): choices without a place, mean largest
+                                       probability, mean entropy of a token's probabilities in nats
+    """
+
+    cross_entropy: np.ndarray
+    aux: np.ndarray
+    rate: np.ndarray
+    norm: np.ndarray
+    wished: np.ndarray
+    load: np.ndarray
+    dropped: np.ndarray
+    decisiveness: np.ndarray
+    entropy: np.ndarray
+
+
+class Evaluation(NamedTuple):
+    """A pass over the validation split: no noise, no limits.
+
+    loss is in nats per token; wished (layers, E) counts the choices of the clean router and
+    decisiveness (layers,) is its mean largest probability.
+    """
+
+    loss: float
+    wished: np.ndarray
+    decisiveness: np.ndarray
+
+
+@dataclasses.dataclass
+class Run:
+    """A training run in progress; `step` counts the steps that are done."""
+
+    cfg: ModelConfig
+    training: TrainingConfig
+    corpus: data.Corpus
+    params: model.ModelParams
+    state: optimizer.OptimizerState
+    data_rng: np.random.Generator
+    noise_rng: np.random.Generator
+    series: Series
+    step: int = 0
+    evaluations: list[dict] = dataclasses.field(default_factory=list)
+
+
+def new_run(
+    corpus: data.Corpus, cfg: ModelConfig, training: TrainingConfig, dtype: str = "float32"
+) -> Run:
+    """Draw the parameters and set everything to its start.
+
+    The seed spawns three generators, for the parameters, the data order and the noise: switching
+    the noise off changes neither of the others.
+
+    Raises
+    ------
+    ValueError
+        if the corpus is too short for one window, or its alphabet is not the model's vocabulary.
+    """
+    data.require_length(corpus, cfg.context)
+    if corpus.vocab_size != cfg.vocab_size:
+        raise ValueError(
+            f"new_run: vocab_size must be that of the corpus ({corpus.vocab_size}), "
+            f"got {cfg.vocab_size}. Build the model for this corpus."
+        )
+    init_rng, data_rng, noise_rng = np.random.default_rng(training.seed).spawn(3)
+    params = model.init_model(init_rng, cfg, dtype)
+    state = optimizer.init_state(params, training.optimizer)
+    series = _empty_series(cfg, training.steps)
+    return Run(cfg, training, corpus, params, state, data_rng, noise_rng, series)
+
+
+def train(
+    run: Run,
+    path: str | Path | None = None,
+    save_every: int = 100,
+    evaluate_every: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Take all steps that are left, with a progress bar.
+
+    Parameters
+    ----------
+    path : where to write checkpoints: at the start, every `save_every` steps, and at the end;
+        None for none.
+    evaluate_every : steps between evaluations; None for a quarter of the run. The end is always
+        evaluated.
+
+    Raises
+    ------
+    ValueError
+        if the loss or the gradient is no longer finite; the last checkpoint stays as it is.
+    KeyboardInterrupt
+        after Ctrl-C, once the step in progress is complete and the checkpoint is written.
+    """
+    every = evaluate_every or max(1, run.training.steps // 4)
+    if path is not None and run.step == 0:
+        save_run(path, run)
+    with _progress_bar(run, progress) as bar, _deferred_interrupt() as interrupted:
+        while run.step < run.training.steps:
+            _take_step(run)
+            done = run.step == run.training.steps
+            if done or run.step % every == 0:
+                _evaluate_now(run)
+            if path is not None and (done or interrupted or run.step % save_every == 0):
+                save_run(path, run)
+            bar.set_postfix_str(_postfix(run), refresh=False)
+            bar.update()
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+def evaluate(
+    params: model.ModelParams, cfg: ModelConfig, ids: np.ndarray, batch: int = 32
+) -> Evaluation:
+    """Measure the loss over consecutive windows of `ids`, without noise and without limits."""
+    cfg = cfg.evaluation()
+    token_NT, target_NT = data.windows(ids, cfg.context)
+    total, wished, decisive = 0.0, 0, 0.0
+    for start in range(0, len(token_NT), batch):
+        token_BT = to_device(token_NT[start : start + batch])
+        target_BT = to_device(target_NT[start : start + batch])
+        _, report, _ = model.loss_forward(token_BT, target_BT, params, cfg)
+        total += float(report.cross_entropy) * len(token_BT)
+        if report.layers:
+            wished = wished + _stack(report, "wished_E")
+            decisive = decisive + _stack(report, "decisiveness") * len(token_BT)
+    if isinstance(wished, int):
+        wished, decisive = np.zeros((0, 0), int), np.zeros(0)
+    return Evaluation(total / len(token_NT), wished, decisive / len(token_NT))
+
+
+def save_run(path: str | Path, run: Run) -> None:
+    """Write the whole run into one checkpoint, atomically."""
+    meta = {
+        "config": config.to_dict(run.cfg),
+        "training": config.to_dict(run.training),
+        "corpus": {"name": run.corpus.name, "sha256": run.corpus.sha256},
+        "alphabet": run.corpus.alphabet,
+        "dtype": str(run.params.token_VC.dtype),
+        "step": run.step,
+        "evaluations": run.evaluations,
+        "data_rng": run.data_rng.bit_generator.state,
+        "noise_rng": run.noise_rng.bit_generator.state,
+    }
+    trees = {"params": run.params, "state": run.state, "series": run.series}
+    checkpoint.save_checkpoint(path, trees, meta)
+
+
+def load_run(path: str | Path, corpus: data.Corpus) -> Run:
+    """Read a run back; it goes on exactly as it would have without the stop.
+
+    Raises
+    ------
+    ValueError
+        if the file is no checkpoint, or `corpus` is not the text that the run was trained on.
+    """
+    arrays, meta = checkpoint.load_checkpoint(path)
+    if meta["corpus"]["sha256"] != corpus.sha256:
+        raise ValueError(
+            f"load_run: the text must be the one that the run was started on (sha256 "
+            f"{meta['corpus']['sha256'][:12]}...), got {corpus.sha256[:12]}.... "
+            "Give the same file, or start a new run."
+        )
+    cfg, training = config.from_dict(meta["config"]), config.from_dict(meta["training"])
+    run = new_run(corpus, cfg, training, meta["dtype"])
+    run.params = checkpoint.restore(run.params, arrays, "params")
+    run.state = checkpoint.restore(run.state, arrays, "state")
+    run.series = Series(*(arrays[f"series.{name}"] for name in Series._fields))
+    run.data_rng.bit_generator.state = meta["data_rng"]
+    run.noise_rng.bit_generator.state = meta["noise_rng"]
+    run.step, run.evaluations = meta["step"], meta["evaluations"]
+    return run
+
+
+def load_model(path: str | Path) -> tuple[model.ModelParams, ModelConfig, str]:
+    """Read the parameters, the configuration and the alphabet of a checkpoint."""
+    arrays, meta = checkpoint.load_checkpoint(path)
+    cfg = config.from_dict(meta["config"])
+    like = model.init_model(np.random.default_rng(0), cfg, meta["dtype"])
+    return checkpoint.restore(like, arrays, "params"), cfg, meta["alphabet"]
+
+
+def _take_step(run: Run) -> None:
+    cfg, training, step = run.cfg, run.training, run.step
+    dtype = run.params.token_VC.dtype
+    token_BT, target_BT = data.sample_batch(
+        run.data_rng, run.corpus.train, training.batch, cfg.context
+    )
+    noise = model.draw_noise(run.noise_rng, cfg, token_BT.size, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # what matters is checked and explained
+        loss, report, cache = model.loss_forward(
+            to_device(token_BT), to_device(target_BT), run.params, cfg, noise, training.smoothing
+        )
+        _require_finite("loss", float(loss), run)
+        grads = model.loss_backward(xp.ones((), dtype), cache)
+        norm = optimizer.gradient_norm(grads)
+        _require_finite("gradient norm", norm, run)
+    scale = 1.0 if training.clip is None else min(1.0, training.clip / max(norm, 1e-12))
+    rate = training.rate_at(step)
+    optimizer.update(run.params, grads, run.state, training.optimizer, step, rate, scale)
+    if cfg.moe is not None and cfg.moe.bias_rate:
+        _move_biases(run, report)
+    _note(run.series, step, report, rate, norm)
+    run.step += 1
+
+
+def _move_biases(run: Run, report: model.LossReport) -> None:
+    feeds = [block.feed for layer, block in enumerate(run.params.blocks) if run.cfg.is_moe(layer)]
+    for feed, layer in zip(feeds, report.layers, strict=True):
+        bias_E = feed.router.bias_E
+        bias_E[:] = balance.updated_bias(bias_E, layer.wished_E, run.cfg.moe.bias_rate)
+
+
+def _note(
+    series: Series, step: int, report: model.LossReport, rate: float, norm: float
+) -> None:
+    series.cross_entropy[step] = float(report.cross_entropy)
+    series.aux[step] = float(report.aux)
+    series.rate[step] = rate
+    series.norm[step] = norm
+    if report.layers:
+        series.wished[step] = _stack(report, "wished_E")
+        series.load[step] = _stack(report, "load_E")
+        series.dropped[step] = [layer.dropped for layer in report.layers]
+        series.decisiveness[step] = _stack(report, "decisiveness")
+        series.entropy[step] = _stack(report, "gate_entropy")
+
+
+def _stack(report: model.LossReport, field: str) -> np.ndarray:
+    return np.stack([to_host(getattr(layer, field)) for layer in report.layers])
+
+
+def _empty_series(cfg: ModelConfig, steps: int) -> Series:
+    layers = sum(cfg.is_moe(layer) for layer in range(cfg.layers))
+    experts = cfg.moe.num_experts if cfg.moe else 0
+    one, per_layer = np.full(steps, np.nan), np.full((steps, layers), np.nan)
+    counts = np.zeros((steps, layers, experts), np.int64)
+    return Series(
+        cross_entropy=one.copy(),
+        aux=one.copy(),
+        rate=one.copy(),
+        norm=one.copy(),
+        wished=counts.copy(),
+        load=counts.copy(),
+        dropped=np.zeros((steps, layers), np.int64),
+        decisiveness=per_layer.copy(),
+        entropy=per_layer.copy(),
+    )
+
+
+def _evaluate_now(run: Run) -> None:
+    found = evaluate(run.params, run.cfg, run.corpus.validation)
+    run.evaluations.append(
+        {
+            "step": run.step,
+            "loss": found.loss,
+            "wished": found.wished.tolist(),
+            "decisiveness": found.decisiveness.tolist(),
+        }
+    )
+
+
+def _require_finite(what: str, value: float, run: Run) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"train: the {what} must stay finite, got {value} at step {run.step + 1} of "
+            f"{run.training.steps}. Lower the learning rate, or clip the gradients."
+        )
+
+
+def _postfix(run: Run) -> str:
+    text = f"loss {run.series.cross_entropy[run.step - 1]:.3f}"
+    if run.evaluations:
+        text += f", validation {run.evaluations[-1]['loss']:.3f}"
+    return text
+
+
+def _progress_bar(run: Run, progress: bool):
+    from tqdm.auto import tqdm  # here, so that importing the package stays quick
+
+    # Where nobody watches a terminal, a line every ten seconds is enough.
+    interval = 0.1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 10.0
+    return tqdm(
+        total=run.training.steps,
+        initial=run.step,
+        desc="train",
+        unit="step",
+        mininterval=interval,
+        disable=not progress,
+    )
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Note Ctrl-C in a list instead of raising in the middle of a step; a second one raises."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def note(number: int, _frame: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,105 @@
+"""Generation: one token after the other, with the keys and values of the past kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from numpy.random import Generator, default_rng
+
+from moe_numpy.backend import Array, to_device, to_host, xp
+from moe_numpy.config import ModelConfig
+from moe_numpy.ops import linear, softmax
+from moe_numpy.transformer import attention, model
+
+
+def sampling_probabilities(
+    logits_V: Array, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Array:
+    """Turn logits into the distribution that is sampled from.
+
+    Parameters
+    ----------
+    logits_V : array (V,)
+    temperature : above 1 flatter, below 1 sharper; 0 keeps only the best token.
+    top_k : keep only the k most likely tokens.
+    top_p : keep the smallest set of most likely tokens whose probability reaches top_p
+        (Holtzman et al. 2020); applied after top_k.
+
+    Returns
+    -------
+    array (V,), summing to one
+    """
+    _check_sampling(temperature, top_k, top_p)
+    order = xp.argsort(-logits_V, kind="stable")
+    if temperature == 0:
+        top_k, temperature = 1, 1.0
+    keep = logits_V.size if top_k is None else min(top_k, logits_V.size)
+    best = order[:keep]
+    # Scores far below the best are zero either way; the bound keeps tiny temperatures finite.
+    z = xp.maximum((logits_V[best] - logits_V[best[0]]) / temperature, -1e4)
+    prob, _ = softmax.softmax_forward(z.astype("float64"))
+    before = xp.cumsum(prob) - prob
+    prob = prob * (before < top_p)
+    result = xp.zeros(logits_V.size, "float64")
+    result[best] = prob / prob.sum()
+    return result
+
+
+def generate(
+    prompt_T: Array,
+    params: model.ModelParams,
+    cfg: ModelConfig,
+    tokens: int,
+    rng: Generator | int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+) -> Iterator[int]:
+    """Yield `tokens` new tokens, each drawn from the model's prediction after all before it.
+
+    Noise is off and no expert is limited, so what is generated does not depend on how the tokens
+    are grouped. When the context is full, generation goes on from its second half.
+
+    Parameters
+    ----------
+    prompt_T : integers (T,), at least one; only the last `cfg.context` are read.
+    rng : anything that `numpy.random.default_rng` takes.
+
+    Raises
+    ------
+    ValueError
+        if the prompt is empty or holds a token outside the vocabulary, or a knob is out of range.
+    """
+    _check_sampling(temperature, top_k, top_p)
+    history = [int(token) for token in prompt_T]
+    if not history:
+        raise ValueError("generate: the prompt must hold at least one token, got none. Give one.")
+    linear.check_vocabulary("generate", xp.asarray(prompt_T), cfg.vocab_size)
+    rng = default_rng(rng)
+    cfg = cfg.evaluation()
+    dtype = params.token_VC.dtype
+    kv, unread = None, history[-cfg.context :]
+    for _ in range(tokens):
+        if kv is None or kv[0].length + len(unread) > cfg.context:
+            if kv is not None:
+                unread = history[-max(1, cfg.context // 2) :]
+            kv = tuple(attention.KeyValues(cfg, 1, dtype) for _ in params.blocks)
+        logits_BTV, _, _, _ = model.model_forward(to_device([unread]), params, cfg, kv=kv)
+        prob_V = sampling_probabilities(logits_BTV[0, -1], temperature, top_k, top_p)
+        cumulative_V = to_host(prob_V).cumsum()
+        token = int(cumulative_V.searchsorted(rng.random() * cumulative_V[-1], "right"))
+        history.append(token)
+        unread = [token]
+        yield token
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(
+            f"generate: temperature must be zero or positive, got {temperature}. "
+            "Use 0 for the most likely token, 1 for the model's own distribution."
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k must be at least 1, got {top_k}. Leave it out for all.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must satisfy 0 < top_p <= 1, got {top_p}. Use 1 for all.")

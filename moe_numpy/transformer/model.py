@@ -1,0 +1,170 @@
+"""The language model: from tokens to logits, to the loss, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from numpy.random import Generator
+
+from moe_numpy.backend import Array, Cache, to_device, xp
+from moe_numpy.config import ModelConfig
+from moe_numpy.moe import layer as moe_layer
+from moe_numpy.moe import router
+from moe_numpy.ops import linear, loss
+from moe_numpy.transformer import attention, block
+
+
+class ModelParams(NamedTuple):
+    """All parameters. Rotary models have no position table, tied ones no head."""
+
+    token_VC: Array
+    position_TC: Array | None
+    blocks: tuple[block.BlockParams, ...]
+    norm: block.NormParams
+    head_CV: Array | None
+
+
+class LossReport(NamedTuple):
+    """What a loss is made of: nats per token, the balance terms, and one report per MoE layer."""
+
+    cross_entropy: Array
+    aux: Array
+    layers: tuple[moe_layer.MoEReport, ...]
+
+
+def init_model(rng: Generator, cfg: ModelConfig, dtype: str = "float32") -> ModelParams:
+    """Draw all parameters (normal, deviation 0.02; see the parts)."""
+    V, C = cfg.vocab_size, cfg.width
+    learned = cfg.positions == "learned"
+    return ModelParams(
+        token_VC=to_device(rng.normal(0.0, 0.02, (V, C)), dtype),
+        position_TC=to_device(rng.normal(0.0, 0.02, (cfg.context, C)), dtype) if learned else None,
+        blocks=tuple(block.init_block(rng, cfg, layer, dtype) for layer in range(cfg.layers)),
+        norm=block.init_norm(cfg, dtype),
+        head_CV=None if cfg.tied else to_device(rng.normal(0.0, 0.02, (C, V)), dtype),
+    )
+
+
+def draw_noise(
+    rng: Generator, cfg: ModelConfig, tokens: int, dtype: str = "float32"
+) -> tuple[Array | None, ...] | None:
+    """Draw the routing noise of one training step, one entry per layer; None if there is none."""
+    if cfg.moe is None or cfg.moe.noise is None:
+        return None
+    return tuple(
+        router.draw_noise(rng, cfg.moe, tokens, cfg.width, dtype) if cfg.is_moe(layer) else None
+        for layer in range(cfg.layers)
+    )
+
+
+def model_forward(
+    token_BT: Array,
+    params: ModelParams,
+    cfg: ModelConfig,
+    noise: tuple[Array | None, ...] | None = None,
+    kv: tuple[attention.KeyValues, ...] | None = None,
+) -> tuple[Array, Array, tuple[moe_layer.MoEReport, ...], Cache]:
+    """Predict the next token at every position.
+
+        x = token[t] + position[t],    x = block(x) for every layer,    logits = norm(x) head
+
+    ``noise=None`` is evaluation. With `kv`, one entry per layer, the tokens continue those of
+    earlier calls (generation).
+
+    Shapes     token_BT (B, T) integers -> logits_BTV (B, T, V); aux () summed over layers; reports
+    Units      logits in nats
+    Cache      the caches of the parts; `model_backward` pops the layers' one by one
+    Raises     ValueError if the sequence is longer than the context or a token is unknown
+    Source     Radford et al. 2019, GPT-2
+    """
+    start = 0 if kv is None else kv[0].length
+    _check_length(start + token_BT.shape[1], cfg)
+    x_BTC, token_cache = linear.embedding_forward(token_BT, params.token_VC)  # 1. embed
+    if params.position_TC is not None:
+        x_BTC = x_BTC + params.position_TC[start : start + token_BT.shape[1]]
+    aux, reports, caches = xp.zeros((), x_BTC.dtype), [], []
+    for layer, block_params in enumerate(params.blocks):  # 2. layers
+        x_BTC, layer_aux, report, cache = block.block_forward(
+            x_BTC,
+            block_params,
+            cfg,
+            None if noise is None else noise[layer],
+            None if kv is None else kv[layer],
+        )
+        aux = aux + layer_aux
+        reports += [] if report is None else [report]
+        caches.append(cache)
+    x_BTC, norm_cache = block.normalize_forward(x_BTC, params.norm)  # 3. last norm
+    head_CV = params.token_VC.T if params.head_CV is None else params.head_CV
+    logits_BTV, head_cache = linear.linear_forward(x_BTC, head_CV)  # 4. logits
+    return logits_BTV, aux, tuple(reports), (params, token_cache, caches, norm_cache, head_cache)
+
+
+def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams:
+    """Undo `model_forward`, the last layer first.
+
+    A tied table collects the gradients of both its uses. The list of the layers' caches is
+    consumed, so their memory is free as soon as it is not needed.
+
+    Shapes     dlogits_BTV (B, T, V), daux () -> grads
+    """
+    params, token_cache, caches, norm_cache, head_cache = cache
+    dx_BTC, dhead_CV = linear.linear_backward(dlogits_BTV, head_cache)  # 4.
+    dx_BTC, dnorm = block.normalize_backward(dx_BTC, norm_cache)  # 3.
+    dblocks = []
+    while caches:  # 2.
+        dx_BTC, dblock = block.block_backward(dx_BTC, daux, caches.pop())
+        dblocks.insert(0, dblock)
+    dposition_TC = None
+    if params.position_TC is not None:  # 1.
+        dposition_TC = xp.zeros_like(params.position_TC)
+        dposition_TC[: dx_BTC.shape[1]] = dx_BTC.sum(0)
+    dtoken_VC = linear.embedding_backward(dx_BTC, token_cache)
+    if params.head_CV is None:
+        dtoken_VC = dtoken_VC + dhead_CV.T
+        dhead_CV = None
+    return ModelParams(dtoken_VC, dposition_TC, tuple(dblocks), dnorm, dhead_CV)
+
+
+def loss_forward(
+    token_BT: Array,
+    target_BT: Array,
+    params: ModelParams,
+    cfg: ModelConfig,
+    noise: tuple[Array | None, ...] | None = None,
+    smoothing: float = 0.0,
+) -> tuple[Array, LossReport, Cache]:
+    """Compute the training loss of a batch.
+
+        loss = cross_entropy(logits, target) + aux
+
+    Shapes     token_BT, target_BT (B, T) integers -> loss (); report
+    Units      nats per token, plus the weighted balance terms
+    Cache      (model cache, cross-entropy cache, shape of the logits)
+    Source     Fedus et al. 2022, section 2.2 (the balance loss is added to the model's)
+    """
+    logits_BTV, aux, reports, model_cache = model_forward(token_BT, params, cfg, noise)  # 1.
+    logits_NV = logits_BTV.reshape(-1, cfg.vocab_size)
+    cross_entropy, loss_cache = loss.cross_entropy_forward(
+        logits_NV, target_BT.reshape(-1), smoothing
+    )  # 2.
+    report = LossReport(cross_entropy, aux, reports)
+    return cross_entropy + aux, report, (model_cache, loss_cache, logits_BTV.shape)
+
+
+def loss_backward(dloss: Array, cache: Cache) -> ModelParams:
+    """Undo `loss_forward`: the sum hands dloss to both of its terms.
+
+    Shapes     dloss () -> grads
+    """
+    model_cache, loss_cache, shape = cache
+    dlogits_NV = loss.cross_entropy_backward(dloss, loss_cache)  # 2.
+    return model_backward(dlogits_NV.reshape(shape), dloss, model_cache)  # 1.
+
+
+def _check_length(length: int, cfg: ModelConfig) -> None:
+    if length > cfg.context:
+        raise ValueError(
+            f"model_forward: a sequence may have at most {cfg.context} tokens (the context), got "
+            f"{length}. Shorten it or build the model with a larger context."
+        )

@@ -1,0 +1,75 @@
+"""Parameters, gradients and optimizer moments are trees: NamedTuples whose leaves are arrays.
+
+A tree is an array, ``None`` (an optional array that a configuration does without), or a tuple or
+NamedTuple of trees. Gradients are trees of the same type as the parameters, so one walk serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Tree = Any
+
+
+def map(fn: Callable, tree: Tree, *others: Tree) -> Tree:
+    """Apply `fn` to the leaves that stand at the same place of every tree; keep the tree's type.
+
+    Raises     ValueError if the trees differ in shape (a missing branch, a None against an array)
+    """
+    if isinstance(tree, tuple):
+        for other in others:
+            if type(other) is not type(tree) or len(other) != len(tree):
+                raise ValueError(
+                    f"tree.map: trees must have the same form, got {_form(tree)} and "
+                    f"{_form(other)}. Pass gradients of the same parameters."
+                )
+        branches = [map(fn, *same_place) for same_place in zip(tree, *others, strict=True)]
+        return type(tree)(*branches) if hasattr(tree, "_fields") else tuple(branches)
+    if any((other is None) != (tree is None) for other in others):
+        raise ValueError(
+            "tree.map: a leaf is None in one tree and an array in another. "
+            "Build both from the same configuration."
+        )
+    return None if tree is None else fn(tree, *others)
+
+
+def named_leaves(tree: Tree, prefix: str = "") -> list[tuple[str, Any]]:
+    """List every array with its dotted name, as in ``blocks.0.attention.w_q_CHD``.
+
+    ``None`` leaves are left out. The order is that of the fields, the same for trees of one type.
+    """
+    if tree is None:
+        return []
+    if not isinstance(tree, tuple):
+        return [(prefix, tree)]
+    names = getattr(tree, "_fields", None) or [str(i) for i in range(len(tree))]
+    found = []
+    for name, branch in zip(names, tree, strict=True):
+        found += named_leaves(branch, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """List every array of the tree, in the order of `named_leaves`."""
+    return [leaf for _, leaf in named_leaves(tree)]
+
+
+def from_leaves(tree: Tree, replacements: list[Any]) -> Tree:
+    """Build a tree of the form of `tree` whose arrays are `replacements`, in the order of `leaves`."""
+    remaining = iter(replacements)
+    built = map(lambda _: next(remaining), tree)
+    if next(remaining, None) is not None:
+        raise ValueError("tree.from_leaves: more replacements than leaves. Pass one for each leaf.")
+    return built
+
+
+def size(tree: Tree) -> int:
+    """Count the numbers in all arrays of the tree."""
+    return sum(leaf.size for leaf in leaves(tree))
+
+
+def _form(tree: Tree) -> str:
+    if isinstance(tree, tuple):
+        return f"{type(tree).__name__} of {len(tree)}"
+    return type(tree).__name__
