@@ -312,6 +312,18 @@ def test_a_name_without_a_float_array_behind_it_is_refused():
     assert "the case names 'z', which is none of z_NE" in failure
 
 
+def test_a_backward_may_pop_the_lists_of_its_cache_and_return_none_for_what_was_left_out():
+    def forward(x, w=None):
+        return 2 * x, ([x, x],)
+
+    def backward(dy, cache):
+        cache[0].pop()
+        return 2 * dy, None
+
+    result = gradcheck.check_functions("pops", forward, backward, Case("", (draw(7, 5),)), STREAM)
+    assert result.failures == []
+
+
 def test_arguments_that_do_not_fit_or_are_not_float64_are_refused():
     assert "missing a required argument" in check("mlp", case=Case("", (draw(7, 5),))).failures[0]
     case = Case("", (draw(7, 5).astype(np.float32),))
@@ -456,15 +468,14 @@ def test_unknown_names_are_refused_with_a_suggestion(package):
 
 
 def test_a_report_is_one_line_and_plain_json():
-    result = gradcheck.PairResult(
-        "gate", {"x": 3.1e-11, "w": math.inf}, 1, 40, 3, 1, ["gate: wrong"]
-    )
+    errors = {"x": 3.1e-11, "w.a": math.inf, "w.b": 0.0}
+    result = gradcheck.PairResult("gate", errors, ["gate: wrong"], 1, 40, 3, 1)
     line = gradcheck.format_result(result)
     assert line.startswith("gate ") and "FAIL  x 3.1e-11  w inf" in line and "\n" not in line
     assert "decisions changed for 3 of 40 probes, 1 skipped" in line
     record = json.loads(json.dumps(gradcheck.to_json([result], seed=5), allow_nan=False))
     assert (record["passed"], record["limit"], record["seed"]) == (False, gradcheck.LIMIT, 5)
-    assert record["pairs"][0]["errors"] == {"x": 3.1e-11, "w": None}
+    assert record["pairs"][0]["errors"] == errors | {"w.a": None}
 
 
 def test_a_pair_checked_alone_sees_the_numbers_it_sees_among_all(package):

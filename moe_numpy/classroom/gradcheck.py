@@ -5,9 +5,10 @@ effect is a failure, and a probe that changes a discrete decision (the integers 
 forward returns) is redrawn and counted. Before any number is compared, the pair must keep its
 contract: pure, deterministic, gradients of the type, shape and dtype of the arguments.
 
-Why four evaluations a probe rather than two: rounding costs about 1e-16/h and truncation h^2 with
-two points, so h = 1e-5 leaves 1e-10 at best, and a faint gradient (one weight, far from the loss)
-sinks under the limit. With four points truncation is h^4: h = 5e-4 leaves about 1e-12.
+Why four evaluations a probe rather than two: a faint gradient (one weight, far from the loss) has
+little above the rounding, which grows with 1/h. Two points need a small h, for their truncation is
+h^2; at best the worst weight of a two-layer model comes to 1e-8. Four points have h^4: with
+h = 5e-4 the same weight comes to 6e-10.
 """
 
 from __future__ import annotations
@@ -36,12 +37,8 @@ EXPLAIN = 1000  # a tensor that failed is probed again by element, up to this si
 STEPS = (5e-4, 5e-5, 5e-6)  # the next one is taken when the last changed a decision
 DISCRETE = "iub"  # kinds of dtype that hold decisions: integers and booleans
 CLOSE = 1e-6  # relative; how well a hypothesis about a wrong gradient must fit
-STENCIL = (
-    (2, -1 / 12),
-    (-2, 1 / 12),
-    (1, 8 / 12),
-    (-1, -8 / 12),
-)  # widest first: likeliest to flip
+# Offset in steps and weight; the widest first, as the likeliest to change a decision.
+STENCIL = ((2, -1 / 12), (-2, 1 / 12), (1, 8 / 12), (-1, -8 / 12))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,10 +60,10 @@ class CaseResult(NamedTuple):
     """What the check of one case found; `errors` are relative, by argument or dotted leaf."""
 
     errors: dict[str, float]  # 0 where both gradients are zero as named, inf where none is defined
-    probes: int
-    redrawn: int  # probes of which a decision changed
-    skipped: int  # those among them that no smaller step could save
     failures: list[str]
+    probes: int = 0
+    redrawn: int = 0  # probes of which a decision changed
+    skipped: int = 0  # those among them that no smaller step could save
 
 
 class PairResult(NamedTuple):
@@ -74,11 +71,11 @@ class PairResult(NamedTuple):
 
     name: str
     errors: dict[str, float]
+    failures: list[str]
     cases: int = 0
     probes: int = 0
     redrawn: int = 0
     skipped: int = 0
-    failures: list[str] = []  # noqa: RUF012
 
     @property
     def passed(self) -> bool:
@@ -108,7 +105,7 @@ def check_all(
             raise ValueError(registry.unknown("check_all", "pair", name, known))
         gap = _gap(found.get(name), name, cases)
         if gap:
-            results.append(PairResult(name, {}, failures=[f"{name}: {gap}"]))
+            results.append(PairResult(name, {}, [f"{name}: {gap}"]))
             continue
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         results.append(check_pair(name, cases[name](rng), rng))
@@ -122,15 +119,15 @@ def check_pair(name: str, cases: list[Case], rng: np.random.Generator) -> PairRe
     for check in checks:
         for leaf, error in check.errors.items():
             errors[leaf] = max(error, errors.get(leaf, 0.0))
+    failures = [failure for check in checks for failure in check.failures]
     return PairResult(
         name,
         errors,
+        failures if cases else [f"{name}: no case was given to check it at"],
         cases=len(cases),
         probes=sum(check.probes for check in checks),
         redrawn=sum(check.redrawn for check in checks),
         skipped=sum(check.skipped for check in checks),
-        failures=[failure for check in checks for failure in check.failures]
-        or ([] if cases else [f"{name}: no case was given to check it at"]),
     )
 
 
@@ -138,7 +135,7 @@ def check_case(pair_name: str, case: Case, rng: np.random.Generator) -> CaseResu
     """Check one pair of the registry at one case, with the functions that stand there now."""
     pair = registry.pair(pair_name)
     if pair.forward is None or pair.backward is None:
-        return CaseResult({}, 0, 0, 0, [f"{pair_name}: {_gap(pair, pair_name, [pair_name])}"])
+        return CaseResult({}, [f"{pair_name}: {_gap(pair, pair_name, [pair_name])}"])
     return check_functions(pair_name, pair.forward, pair.backward, case, rng)
 
 
@@ -150,14 +147,18 @@ def check_functions(
     try:
         point, analytic = _differentiate(forward, backward, case, rng)
         result = _compare(point, analytic, case, rng)
-    except _Broken as broken:
-        return CaseResult({}, 0, 0, 0, [f"{who}: {broken}"])
+    except _ContractError as broken:
+        return CaseResult({}, [f"{who}: {broken}"])
     return result._replace(failures=[f"{who}, {failure}" for failure in result.failures])
 
 
 def format_result(result: PairResult) -> str:
-    """Write one line: the verdict, the error of each argument, the probes that were redrawn."""
-    errors = "  ".join(f"{leaf} {error:.1e}" for leaf, error in result.errors.items())
+    """Write one line: the verdict, the worst error of each argument, the probes redrawn."""
+    worst: dict[str, float] = {}
+    for leaf, error in result.errors.items():
+        argument = leaf.partition(".")[0]
+        worst[argument] = max(error, worst.get(argument, 0.0))
+    errors = "  ".join(f"{argument} {error:.1e}" for argument, error in worst.items())
     flips = f"decisions changed for {result.redrawn} of {result.probes} probes"
     if result.skipped:
         flips += f", {result.skipped} skipped"
@@ -193,7 +194,7 @@ def _gap(pair: registry.Pair | None, name: str, cases: Iterable[str]) -> str | N
 # The contract: what must hold before any number is compared
 
 
-class _Broken(Exception):
+class _ContractError(Exception):
     """A rule of the contract is broken; the text completes the message."""
 
 
@@ -224,10 +225,11 @@ def _differentiate(
     _call("forward", forward, *nearby.args, **nearby.kwargs)  # must not disturb the first cache
     upstream = _upstream(result[:-1], outputs, backward)
     given = _bits((upstream, result))
-    gradients = _call("backward", backward, *upstream, result[-1])
+    gradients = _call("backward", backward, *upstream, _relisted(result[-1]))
     analytic = _by_leaf(gradients, wanted)
     _require(_bits((upstream, result)) == given, "backward changed its cache or upstream gradient")
-    again = _by_leaf(_call("second backward", backward, *upstream, result[-1]), wanted)
+    repeated = _call("second backward", backward, *upstream, _relisted(result[-1]))
+    again = _by_leaf(repeated, wanted)
     _require(_bits(again) == _bits(analytic), "a second backward of one cache gave other gradients")
     repeated = _call("forward", forward, *bound.args, **bound.kwargs)
     _require(_bits(repeated) == remembered, "two forwards of the same arguments differ")
@@ -242,7 +244,7 @@ def _near(
         leaf: array
         for name in wanted
         for leaf, array in tree.named_leaves(private.arguments[name], name)
-        if not _names(case.constant, leaf)
+        if not _covers(case.constant, leaf)
     }
     call = functools.partial(_call, "forward", forward, *private.args, **private.kwargs)
     size = math.sqrt(sum(np.vdot(dy * y, dy * y) for _, y, dy in outputs))
@@ -268,7 +270,7 @@ def _differentiable(arguments: dict[str, Any], case: Case) -> dict[str, Any]:
             )
         wanted[name] = value
     for named in case.zero | case.constant:
-        known = any(_names({named}, leaf) for leaf in floats)
+        known = any(_covers({named}, leaf) for leaf in floats)
         _require(known, f"the case names {named!r}, which is none of {', '.join(floats)}")
     _require(bool(wanted), "the case has no argument to differentiate")
     return wanted
@@ -302,11 +304,13 @@ def _upstream(outs: tuple, outputs: list[tuple], backward: Callable) -> list:
 
 
 def _by_leaf(gradients: Any, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Name a copy of every returned gradient, if all have the form of their arguments."""
-    if len(wanted) == 1:
-        gradients = (gradients,)
-    count = len(gradients) if type(gradients) is tuple else 1
-    expected = ", ".join(f"d{name}" for name in wanted)
+    """Name a copy of every returned gradient, if all have the form of their arguments.
+
+    None among them stands for an optional argument that the case leaves out.
+    """
+    gradients = gradients if type(gradients) is tuple else (gradients,)
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    count, expected = len(gradients), ", ".join(f"d{name}" for name in wanted)
     _require(count == len(wanted), f"backward must return ({expected}), got {count} gradients")
     found: dict[str, np.ndarray] = {}
 
@@ -324,7 +328,7 @@ def _by_leaf(gradients: Any, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
         try:
             tree.map(note, names, value, gradient)
         except ValueError as error:
-            raise _Broken(
+            raise _ContractError(
                 f"the gradient of {name} has another form than {name}: {error}"
             ) from error
     return found
@@ -337,7 +341,14 @@ def _moved(bound: inspect.BoundArguments, wanted: Iterable[str], fn: Callable) -
     return copy
 
 
-def _names(names: Iterable[str], leaf: str) -> bool:
+def _relisted(cache: Any) -> Any:
+    """Copy the lists of a cache, not its arrays: a model's backward may pop them, and only them."""
+    if isinstance(cache, list):
+        return [_relisted(part) for part in cache]
+    return tree.map(_relisted, cache) if isinstance(cache, tuple) else cache
+
+
+def _covers(names: Iterable[str], leaf: str) -> bool:
     return any(leaf == name or leaf.startswith(f"{name}.") for name in names)
 
 
@@ -347,12 +358,12 @@ def _call(who: str, fn: Callable, *args: Any, **kwargs: Any) -> Any:
     except Exception as error:
         line = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(line.filename).name}, line {line.lineno}"
-        raise _Broken(f"{who} raised {type(error).__name__} in {where}: {error}") from error
+        raise _ContractError(f"{who} raised {type(error).__name__} in {where}: {error}") from error
 
 
 def _require(holds: bool, complaint: str) -> None:
     if not holds:
-        raise _Broken(complaint)
+        raise _ContractError(complaint)
 
 
 def _bits(value: Any, kinds: str = "fiub") -> list[tuple]:
@@ -435,7 +446,7 @@ def _compare(
     }
     errors, failures = {}, []
     for leaf, found in slopes.items():
-        zero = _names(case.zero, leaf)
+        zero = _covers(case.zero, leaf)
         errors[leaf], complaint = _judge(analytic[leaf], found, point.floor, zero)
         if complaint and math.isfinite(errors[leaf]):
             array, looked = point.leaves[leaf], slopes
@@ -445,10 +456,10 @@ def _compare(
         failures += [f"argument {leaf}: {complaint}"] if complaint else []
     return CaseResult(
         errors,
+        failures,
         probes=sum(found.values.size for found in slopes.values()),
         redrawn=sum(found.redrawn for found in slopes.values()),
         skipped=sum(int(np.isnan(found.values).sum()) for found in slopes.values()),
-        failures=failures,
     )
 
 
