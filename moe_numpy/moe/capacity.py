@@ -92,25 +92,25 @@ def _serve_next_best(
     The walk is plain Python over host integers. It starts with the expert that was chosen, then
     follows the token's ranking of all experts.
     """
-    N, K = expert_NK.shape
-    E = score_NE.shape[1]
-    expert = to_host(expert_NK).tolist()
+    K, E = expert_NK.shape[1], score_NE.shape[1]
+    expert = to_host(expert_NK).reshape(-1).tolist()
     ranking = to_host(xp.argsort(-score_NE, axis=1, kind="stable")).tolist()
     room = [places] * E
-    accepted = [[False] * K for _ in range(N)]
-    for flat in to_host(queue).tolist():
-        n, k = divmod(flat, K)
-        used = [e for j, e in enumerate(expert[n]) if j != k]
-        for e in (expert[n][k], *ranking[n]):
-            if room[e] and e not in used:
-                room[e] -= 1
-                expert[n][k] = e
-                accepted[n][k] = True
-                break
-    shape = (N, K)
+    accepted = [False] * len(expert)
+    for choice in to_host(queue).tolist():
+        e = expert[choice]
+        if not room[e]:
+            token, first = choice // K, choice - choice % K
+            used = expert[first : first + K]
+            e = next((e for e in ranking[token] if room[e] and e not in used), None)
+            if e is None:
+                continue
+            expert[choice] = e
+        room[e] -= 1
+        accepted[choice] = True
     return (
-        to_device(expert, expert_NK.dtype).reshape(shape),
-        to_device(accepted, bool).reshape(shape),
+        to_device(expert, expert_NK.dtype).reshape(expert_NK.shape),
+        to_device(accepted, bool).reshape(expert_NK.shape),
     )
 
 
