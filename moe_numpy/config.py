@@ -289,7 +289,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019); no decay on gains and biases."""
+    """Adam with decoupled weight decay, none on gains and biases (Loshchilov and Hutter 2019)."""
 
     beta1: float = 0.9
     beta2: float = 0.99
@@ -321,7 +321,7 @@ class SGD:
 class TrainingConfig:
     """One training run.
 
-    rate, final_rate  learning rate after `warmup` steps of linear rise, and at the end of the cosine
+    rate, final_rate  learning rate after `warmup` steps of linear rise, and at the cosine's end
     clip              largest norm of all gradients together; None for no clipping
     smoothing         label smoothing of the training loss
     seed              of the parameters, the data order and the noise, each with its own generator
@@ -361,8 +361,21 @@ class TrainingConfig:
 
 _KINDS = {
     kind.__name__: kind
-    for kind in (LearnedNoise, GaussianNoise, InputJitter, Capacity, MoEConfig, ModelConfig)
-    + (SwitchLoss, ImportanceLoss, LoadLoss, ZLoss, AdamW, SGD, TrainingConfig)
+    for kind in (
+        LearnedNoise,
+        GaussianNoise,
+        InputJitter,
+        Capacity,
+        MoEConfig,
+        ModelConfig,
+        SwitchLoss,
+        ImportanceLoss,
+        LoadLoss,
+        ZLoss,
+        AdamW,
+        SGD,
+        TrainingConfig,
+    )
 }
 
 

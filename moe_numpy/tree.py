@@ -56,7 +56,7 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 def from_leaves(tree: Tree, replacements: list[Any]) -> Tree:
-    """Build a tree of the form of `tree` whose arrays are `replacements`, in the order of `leaves`."""
+    """Build a tree of the form of `tree` from arrays in the order of `leaves`."""
     remaining = iter(replacements)
     built = map(lambda _: next(remaining), tree)
     if next(remaining, None) is not None:

@@ -66,9 +66,7 @@ def importance_backward(dimportance_E: Array, cache: Cache) -> Array:
     return dimportance_E[expert_NK]
 
 
-def load_forward(
-    clean_NE: Array, noisy_NE: Array, scale_NE: Array, k: int
-) -> tuple[Array, Cache]:
+def load_forward(clean_NE: Array, noisy_NE: Array, scale_NE: Array, k: int) -> tuple[Array, Cache]:
     """Estimate each expert's load smoothly: its chance to be chosen if its noise were drawn anew.
 
         load_e = sum_n Phi((clean[n, e] - threshold[n, e]) / scale[n, e])
@@ -220,9 +218,7 @@ def balance_forward(
     return aux, (cfg, prob_NE, gate_NK, scale_NE, caches)
 
 
-def balance_backward(
-    daux: Array, cache: Cache
-) -> tuple[Array, Array, Array | None, Array, Array]:
+def balance_backward(daux: Array, cache: Cache) -> tuple[Array, Array, Array | None, Array, Array]:
     """Undo `balance_forward`: every term adds to what it looked at.
 
     Shapes     daux () -> dclean_NE, dnoisy_NE, dscale_NE, dprob_NE (N, E), dgate_NK (N, K);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -113,5 +114,5 @@ def experts_backward(dy_RC: Array, cache: Cache) -> tuple[Array, ExpertParams]:
 
 def _slices(offsets: tuple[int, ...]) -> list[tuple[int, slice]]:
     """List the experts that have rows, each with the slice of its rows."""
-    bounds = zip(offsets[:-1], offsets[1:], strict=True)
+    bounds = itertools.pairwise(offsets)
     return [(e, slice(start, end)) for e, (start, end) in enumerate(bounds) if end > start]

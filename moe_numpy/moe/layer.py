@@ -40,9 +40,7 @@ class MoEReport(NamedTuple):
     gate_entropy: Array
 
 
-def init_moe(
-    rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int = 1
-) -> MoEParams:
+def init_moe(rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int = 1) -> MoEParams:
     """Draw a router and its experts; `depth` is explained in `init_experts`."""
     return MoEParams(
         router=router.init_router(rng, cfg, width, dtype),

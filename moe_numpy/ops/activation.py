@@ -7,6 +7,7 @@ import math
 from moe_numpy.backend import Array, Cache, xp
 from moe_numpy.ops import normal
 
+
 def relu_forward(x: Array) -> tuple[Array, Cache]:
     """Keep what is positive.
 

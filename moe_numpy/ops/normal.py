@@ -31,7 +31,7 @@ _Q = (
 
 
 def normal_cdf(x: Array) -> Array:
-    """Compute Phi(x), the probability that a standard normal number is below x, element by element."""
+    """Compute Phi(x), the chance that a standard normal number is below x, for every element."""
     u = xp.abs(x) * math.sqrt(0.5)
     t = (u - 3.0) / (u + 3.0)
     tail = xp.full_like(t, _Q[-1])

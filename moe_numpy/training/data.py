@@ -59,7 +59,7 @@ class Corpus:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the id of every character of `text`; ValueError if one has none."""
-        return _encode(text, self.alphabet)
+        return encode(text, self.alphabet)
 
     def decode(self, ids: np.ndarray) -> str:
         """Return the text that a 1-D array of ids stands for; ValueError if one has no meaning."""
@@ -71,6 +71,26 @@ class Corpus:
                 f", got {unknown[0]}. Decode with the corpus that the model was trained on."
             )
         return _code_points(self.alphabet)[ids.astype(np.intp)].tobytes().decode("utf-32-le")
+
+
+def encode(text: str, alphabet: str) -> np.ndarray:
+    """Return the id of every character of `text` in a sorted alphabet.
+
+    Raises
+    ------
+    ValueError
+        if a character is not in the alphabet.
+    """
+    known, wanted = _code_points(alphabet), _code_points(text)
+    ids = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    missing = np.flatnonzero(known[ids] != wanted)
+    if missing.size:
+        at = missing[0]
+        raise ValueError(
+            f"encode: every character must be in the alphabet ({len(alphabet)} characters), "
+            f"got {text[at]!r} (U+{wanted[at]:04X}) at position {at}. Remove or replace it."
+        )
+    return ids.astype(np.uint16 if len(alphabet) <= 65_536 else np.uint32)
 
 
 def default_corpus(characters: int = 300_000, seed: int = 0) -> Corpus:
@@ -219,26 +239,13 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def _encode(text: str, alphabet: str) -> np.ndarray:
-    known, wanted = _code_points(alphabet), _code_points(text)
-    ids = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    missing = np.flatnonzero(known[ids] != wanted)
-    if missing.size:
-        at = missing[0]
-        raise ValueError(
-            f"Corpus.encode: every character must be in the alphabet ({len(alphabet)} characters), "
-            f"got {text[at]!r} (U+{wanted[at]:04X}) at position {at}. Remove or replace it."
-        )
-    return ids.astype(np.uint16 if len(alphabet) <= 65_536 else np.uint32)
-
-
 def _corpus(name: str, alphabet: str, train: str, validation: str, **labels) -> Corpus:
     return Corpus(
         name=name,
         alphabet=alphabet,
-        train=_encode(train, alphabet),
-        validation=_encode(validation, alphabet),
-        sha256=hashlib.sha256((train + validation).encode("utf-8")).hexdigest(),
+        train=encode(train, alphabet),
+        validation=encode(validation, alphabet),
+        sha256=hashlib.sha256((train + validation).encode()).hexdigest(),
         **labels,
     )
 

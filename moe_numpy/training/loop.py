@@ -6,15 +6,14 @@ import contextlib
 import dataclasses
 import math
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_numpy import config
+from moe_numpy import config, progress
 from moe_numpy.backend import to_device, to_host, xp
 from moe_numpy.config import ModelConfig, TrainingConfig
 from moe_numpy.moe import balance
@@ -69,6 +68,7 @@ class Run:
     series: Series
     step: int = 0
     evaluations: list[dict] = dataclasses.field(default_factory=list)
+    settings: dict = dataclasses.field(default_factory=dict)  # of the caller, kept with the run
 
 
 def new_run(
@@ -102,7 +102,8 @@ def train(
     path: str | Path | None = None,
     save_every: int = 100,
     evaluate_every: int | None = None,
-    progress: bool = True,
+    show_progress: bool = True,
+    on_step: Callable[[Run], None] | None = None,
 ) -> None:
     """Take all steps that are left, with a progress bar.
 
@@ -112,6 +113,7 @@ def train(
         None for none.
     evaluate_every : steps between evaluations; None for a quarter of the run. The end is always
         evaluated.
+    on_step : called with the run after every step.
 
     Raises
     ------
@@ -123,7 +125,8 @@ def train(
     every = evaluate_every or max(1, run.training.steps // 4)
     if path is not None and run.step == 0:
         save_run(path, run)
-    with _progress_bar(run, progress) as bar, _deferred_interrupt() as interrupted:
+    steps_bar = progress.bar(run.training.steps, "train", "step", run.step, show_progress)
+    with steps_bar as bar, _deferred_interrupt() as interrupted:
         while run.step < run.training.steps:
             _take_step(run)
             done = run.step == run.training.steps
@@ -133,6 +136,8 @@ def train(
                 save_run(path, run)
             bar.set_postfix_str(_postfix(run), refresh=False)
             bar.update()
+            if on_step is not None:
+                on_step(run)
             if interrupted:
                 raise KeyboardInterrupt
 
@@ -167,6 +172,7 @@ def save_run(path: str | Path, run: Run) -> None:
         "dtype": str(run.params.token_VC.dtype),
         "step": run.step,
         "evaluations": run.evaluations,
+        "settings": run.settings,
         "data_rng": run.data_rng.bit_generator.state,
         "noise_rng": run.noise_rng.bit_generator.state,
     }
@@ -196,7 +202,9 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
     run.series = Series(*(arrays[f"series.{name}"] for name in Series._fields))
     run.data_rng.bit_generator.state = meta["data_rng"]
     run.noise_rng.bit_generator.state = meta["noise_rng"]
-    run.step, run.evaluations = meta["step"], meta["evaluations"]
+    run.step, run.evaluations, run.settings = (
+        meta[name] for name in ("step", "evaluations", "settings")
+    )
     return run
 
 
@@ -239,9 +247,7 @@ def _move_biases(run: Run, report: model.LossReport) -> None:
         bias_E[:] = balance.updated_bias(bias_E, layer.wished_E, run.cfg.moe.bias_rate)
 
 
-def _note(
-    series: Series, step: int, report: model.LossReport, rate: float, norm: float
-) -> None:
+def _note(series: Series, step: int, report: model.LossReport, rate: float, norm: float) -> None:
     series.cross_entropy[step] = float(report.cross_entropy)
     series.aux[step] = float(report.aux)
     series.rate[step] = rate
@@ -301,21 +307,6 @@ def _postfix(run: Run) -> str:
     if run.evaluations:
         text += f", validation {run.evaluations[-1]['loss']:.3f}"
     return text
-
-
-def _progress_bar(run: Run, progress: bool):
-    from tqdm.auto import tqdm  # here, so that importing the package stays quick
-
-    # Where nobody watches a terminal, a line every ten seconds is enough.
-    interval = 0.1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 10.0
-    return tqdm(
-        total=run.training.steps,
-        initial=run.step,
-        desc="train",
-        unit="step",
-        mininterval=interval,
-        disable=not progress,
-    )
 
 
 @contextlib.contextmanager

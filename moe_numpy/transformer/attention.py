@@ -98,7 +98,7 @@ def attention_forward(
 
     With `kv` the keys and values of earlier calls are seen too (generation; no backward then).
 
-    Shapes     x_BTC (B, T, C) -> y_BTC (B, T, C); each of G key/value heads serves H / G query heads
+    Shapes     x_BTC (B, T, C) -> y_BTC (B, T, C); each of G key/value heads serves H / G queries
     Cache      the inputs of every product, and the weights a_BHTS
     Source     Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023, GQA
     """

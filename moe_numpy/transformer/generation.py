@@ -102,4 +102,6 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float) -> None
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}. Leave it out for all.")
     if not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must satisfy 0 < top_p <= 1, got {top_p}. Use 1 for all.")
+        raise ValueError(
+            f"generate: top_p must satisfy 0 < top_p <= 1, got {top_p}. Use 1 for all."
+        )

@@ -1,0 +1,279 @@
+"""What the command line does, one function for each command.
+
+Whatever is slow to import (matplotlib, the studies) is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from moe_numpy import __version__, files, settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit status (0 fine, 1 refused or failed, 130 stopped)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"moe_numpy {options.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"moe_numpy {options.command}: stopped.", file=sys.stderr)
+        return 130
+
+
+def collapse(options: argparse.Namespace) -> int:
+    """Train the same model with and without cures against collapse, and draw what happened."""
+    from moe_numpy.lab import collapse as study_module
+    from moe_numpy.lab import plots
+
+    folder = options.out or ("figures/quick" if options.quick else "figures")
+    quick = {"steps": 80, "seeds": 2} if options.quick else {"steps": 400, "seeds": 4}
+    seeds = options.seeds or quick["seeds"]
+    study = study_module.Study(
+        num_experts=options.experts,
+        top_k=options.top_k,
+        steps=options.steps or quick["steps"],
+        seeds=tuple(range(seeds)),
+    )
+    files.require_folder(folder)
+    _say(
+        options,
+        f"Training {len(study.conditions())} conditions x {seeds} seeds, {study.steps} steps "
+        f"each: {', '.join(study.conditions())}.",
+    )
+    record = study_module.run_study(study, options.processes)
+    files.write_json(Path(folder, "collapse.json"), record)
+    plots.save(plots.collapse_figure(record), Path(folder, "collapse.png"))
+    if options.json:
+        print(json.dumps(record))
+        return 0
+    print(study_module.table(record))
+    print(f"\n{record['definition']}")
+    print(f"Figure: {Path(folder, 'collapse.png')}   record: {Path(folder, 'collapse.json')}")
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a language model, or go on with a run that was stopped."""
+    from moe_numpy.lab import plots, records
+    from moe_numpy.training import loop
+
+    given = settings.given(options)
+    if options.resume:
+        folder = Path(options.resume)
+        run = settings.resume(folder / "checkpoint.npz", given)
+    else:
+        folder = Path(options.out) if options.out else _next_folder(Path("runs"))
+        if (folder / "checkpoint.npz").exists():
+            raise ValueError(
+                f"--out must be a folder without a run, got {folder}, which holds one. "
+                f"Go on with it by --resume {folder}, or choose another folder."
+            )
+        run = settings.start(given)
+        files.require_folder(folder)
+    references = _references(run.corpus)
+    _say(options, settings.describe(run))
+    _say(options, "Reference losses: " + _reference_line(references))
+    started = time.perf_counter()
+    try:
+        loop.train(run, folder / "checkpoint.npz", options.save_every, options.evaluate_every)
+    except KeyboardInterrupt:
+        print(
+            f"Stopped after step {run.step} of {run.training.steps}. "
+            f"Go on with: python -m moe_numpy train --resume {folder}",
+            file=sys.stderr,
+        )
+        return 130
+    record = records.training_record(run, references, time.perf_counter() - started)
+    files.write_json(folder / "training.json", record)
+    plots.save(plots.training_figure(record), folder / "training.png")
+    if options.json:
+        print(json.dumps(record | {"checkpoint": str(folder / "checkpoint.npz")}))
+        return 0
+    print(f"Validation loss {record['validation_loss']:.3f} nats per character.")
+    print(f"Picture: {folder / 'training.png'}   record: {folder / 'training.json'}")
+    print(f"Write with it: python -m moe_numpy generate --checkpoint {folder}")
+    return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Let a trained model write."""
+    from moe_numpy.training import data, loop
+    from moe_numpy.transformer import generation
+
+    path = Path(options.checkpoint) if options.checkpoint else _newest_run(Path("runs"))
+    path = path / "checkpoint.npz" if path.is_dir() else path
+    params, cfg, alphabet = loop.load_model(path)
+    prompt = data.encode(options.prompt, alphabet)
+    if options.tokens < 0:
+        raise ValueError(f"--tokens must not be negative, got {options.tokens}. Use 200.")
+    new = generation.generate(
+        prompt,
+        params,
+        cfg,
+        options.tokens,
+        options.seed,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+    )
+    if options.json:
+        text = "".join(alphabet[token] for token in new)
+        print(json.dumps({"checkpoint": str(path), "prompt": options.prompt, "text": text}))
+        return 0
+    print(options.prompt, end="", flush=True)
+    for token in new:
+        print(alphabet[token], end="", flush=True)
+    print()
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Check every hand-written gradient against central differences."""
+    from moe_numpy.classroom import gradcheck
+
+    results = gradcheck.check_all(options.pairs or None, seed=options.seed)
+    if options.json:
+        print(json.dumps(gradcheck.to_json(results, options.seed)))
+    else:
+        for result in results:
+            print(gradcheck.format_result(result))
+            for failure in result.failures:
+                print(f"    {failure}")
+        failed = sum(not result.passed for result in results)
+        print(
+            f"{len(results)} pairs checked, {failed} failed "
+            f"(limit {gradcheck.LIMIT:g} relative error)."
+        )
+    return 0 if all(result.passed for result in results) else 1
+
+
+def figures(options: argparse.Namespace) -> int:
+    """Draw every figure of a folder anew from the record beside it."""
+    from moe_numpy.lab import plots
+
+    records = sorted(Path(options.folder).glob("*.json"))
+    if not records:
+        raise ValueError(
+            f"figures: {options.folder} must hold records (.json), got none. "
+            "Run a study first: python -m moe_numpy collapse."
+        )
+    for path in records:
+        figure = plots.draw(files.read_json(path), path)
+        plots.save(figure, path.with_suffix(".png"))
+        print(path.with_suffix(".png"))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_numpy",
+        description="The Mixture-of-Experts transformer in plain NumPy: train one, watch its "
+        "experts collapse, check every hand-written gradient.",
+        epilog="Each command explains itself: python -m moe_numpy COMMAND --help",
+    )
+    parser.add_argument("--version", action="version", version=f"moe_numpy {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run: Any, help_text: str, **extra: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            run.__name__, help=help_text, description=f"{run.__doc__} {extra.pop('more', '')}"
+        )
+        added.set_defaults(run=run)
+        return added
+
+    sub = command(
+        collapse,
+        "train with and without noise and capacity limits, draw the collapse",
+        more="Takes a minute or two; --quick shows the same in a fraction of it.",
+    )
+    sub.add_argument("--quick", action="store_true", help="fewer steps and seeds, own folder")
+    sub.add_argument("--steps", type=_positive, help="training steps of a run (400)")
+    sub.add_argument("--seeds", type=_positive, help="number of seeds (4)")
+    sub.add_argument("--experts", type=int, default=8, help="experts in a layer (%(default)s)")
+    sub.add_argument("--top-k", type=int, default=1, help="experts per token (%(default)s)")
+    sub.add_argument("--processes", type=_positive, help="runs at once (one per core)")
+    sub.add_argument("--out", help="folder of the figure and its record (figures)")
+    sub.add_argument("--json", action="store_true", help="print the record instead of a table")
+
+    sub = command(
+        train,
+        "train a language model on the built-in corpus or on your text",
+        more="Without options: a small MoE model on text that every Python carries, about two "
+        "minutes. Ctrl-C stops after the step in progress; --resume goes on bit for bit.",
+    )
+    settings.add_options(sub)
+    sub.add_argument("--out", help="folder for checkpoint, record and picture (runs/1, runs/2, ..)")
+    sub.add_argument("--resume", metavar="FOLDER", help="go on with the run of that folder")
+    sub.add_argument("--save-every", type=_positive, default=100, help="steps (%(default)s)")
+    sub.add_argument("--evaluate-every", type=_positive, help="steps (a quarter of the run)")
+    sub.add_argument("--json", action="store_true", help="print the record of the run")
+
+    sub = command(generate, "let a trained model write")
+    sub.add_argument("--checkpoint", help="a run's folder or checkpoint (the newest in runs/)")
+    sub.add_argument("--prompt", default="\n", help="text to go on from (a new line)")
+    sub.add_argument("--tokens", type=int, default=300, help="characters (%(default)s)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0: most likely (%(default)s)")
+    sub.add_argument("--top-k", type=int, help="only the k most likely characters (all)")
+    sub.add_argument("--top-p", type=float, default=1.0, help="only the likeliest mass p (1)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    sub.add_argument("--json", action="store_true", help="print a JSON object")
+
+    sub = command(
+        check,
+        "check every hand-written gradient against central differences",
+        more="Prints one line a pair: the worst relative error of each argument.",
+    )
+    sub.add_argument("pairs", nargs="*", metavar="PAIR", help="only these, e.g. moe attention")
+    sub.add_argument("--seed", type=int, default=0, help="of the test points (%(default)s)")
+    sub.add_argument("--json", action="store_true", help="print a JSON object")
+
+    sub = command(figures, "draw every figure anew from its record")
+    sub.add_argument("folder", nargs="?", default="figures", help="(%(default)s)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    if not options.json:
+        print(text, flush=True)
+
+
+def _next_folder(parent: Path) -> Path:
+    """Name the first folder runs/1, runs/2, ... after all that are there."""
+    taken = [int(p.name) for p in parent.glob("*") if re.fullmatch(r"\d+", p.name)]
+    return parent / str(max(taken, default=0) + 1)
+
+
+def _newest_run(parent: Path) -> Path:
+    found = sorted(parent.glob("*/checkpoint.npz"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(
+            "--checkpoint must name a run, got nothing and runs/ holds none. "
+            "Train one first: python -m moe_numpy train."
+        )
+    return found[-1]
+
+
+def _references(corpus: Any) -> dict[str, float]:
+    from moe_numpy.training import ngram
+
+    return ngram.reference_losses(corpus.train, corpus.validation, corpus.vocab_size)
+
+
+def _reference_line(references: dict[str, float]) -> str:
+    return ", ".join(f"{name} {loss:.3f}" for name, loss in references.items())

@@ -1,0 +1,288 @@
+"""The settings of `train`: flags on the command line, turned into configurations."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moe_numpy import tree
+from moe_numpy.config import (
+    ACTIVATIONS,
+    SGD,
+    AdamW,
+    Capacity,
+    GaussianNoise,
+    ImportanceLoss,
+    InputJitter,
+    LearnedNoise,
+    LoadLoss,
+    ModelConfig,
+    MoEConfig,
+    SwitchLoss,
+    TrainingConfig,
+    ZLoss,
+)
+
+if TYPE_CHECKING:
+    from moe_numpy.training import data, loop
+
+NOISES = {"learned": LearnedNoise, "gaussian": GaussianNoise, "jitter": InputJitter}
+NOISE_KNOB = {"learned": "floor", "gaussian": "std", "jitter": "eps"}
+TERMS = {"switch": SwitchLoss, "importance": ImportanceLoss, "load": LoadLoss, "z": ZLoss}
+
+
+class Option(NamedTuple):
+    """One flag: its type or its choices, its default, and a line of help."""
+
+    kind: Any
+    default: Any
+    help: str
+
+
+OPTIONS = {
+    "data": {
+        "text": Option(str, None, "UTF-8 file to train on; the last tenth validates"),
+    },
+    "model": {
+        "layers": Option(int, 2, "transformer layers"),
+        "width": Option(int, 64, "width of the residual stream"),
+        "heads": Option(int, 4, "attention heads"),
+        "kv-heads": Option(int, None, "key/value heads, shared by groups of heads"),
+        "context": Option(int, 64, "longest sequence, in characters"),
+        "activation": Option(ACTIVATIONS, "gelu_tanh", "of the feed-forward"),
+        "norm": Option(("layernorm", "rmsnorm"), "layernorm", "before each branch"),
+        "positions": Option(("learned", "rotary"), "learned", "how positions are told"),
+        "head": Option(("tied", "untied"), "tied", "output head: the embedding, or its own"),
+        "dtype": Option(("float32", "float64"), "float32", "precision of all numbers"),
+    },
+    "experts": {
+        "experts": Option(int, 8, "experts in every layer; 0: the dense twin"),
+        "top-k": Option(int, 2, "experts per token"),
+        "hidden": Option(int, None, "hidden width of one expert, or of the dense feed-forward"),
+        "gate-weights": Option(("raw", "renormalized"), None, "of the chosen experts"),
+        "noise": Option(("none", *NOISES), "none", "in the router, in training only"),
+        "noise-scale": Option(float, None, "floor, standard deviation or half width of the noise"),
+        "capacity": Option(float, None, "capacity factor; left out: no limit"),
+        "overflow": Option(("drop", "next_best", "none"), None, "what a full expert turns away"),
+        "priority": Option(("token", "choice", "score"), None, "who is served first"),
+        "balance": Option("balance", "switch=0.01", "terms as NAME=WEIGHT,..., or none"),
+        "bias-rate": Option(float, 0.0, "step of the bias rule, which balances without a loss"),
+    },
+    "training": {
+        "steps": Option(int, 1000, "training steps"),
+        "batch": Option(int, 12, "sequences in a batch"),
+        "rate": Option(float, 1e-3, "peak learning rate"),
+        "final-rate": Option(float, 1e-4, "learning rate at the end of the cosine"),
+        "warmup": Option(int, 100, "steps of linear rise"),
+        "optimizer": Option(("adamw", "sgd"), "adamw", "how gradients move the weights"),
+        "beta1": Option(float, 0.9, "average of AdamW's gradients"),
+        "beta2": Option(float, 0.99, "average of AdamW's squares"),
+        "momentum": Option(float, 0.9, "of sgd"),
+        "weight-decay": Option(float, 0.1, "decoupled; none on gains and biases"),
+        "clip": Option(float, 1.0, "largest gradient norm; 0: no clipping"),
+        "smoothing": Option(float, 0.0, "label smoothing"),
+        "seed": Option(int, 0, "of parameters, data order and noise"),
+    },
+}
+DEFAULTS = {
+    name.replace("-", "_"): option.default
+    for group in OPTIONS.values()
+    for name, option in group.items()
+}
+NEEDS = {  # a flag that would have no effect is refused
+    "overflow": "capacity",
+    "priority": "capacity",
+    "noise_scale": "noise",
+}
+EXPERTS_ONLY = {name.replace("-", "_") for name in OPTIONS["experts"]} - {"experts", "hidden"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add every flag; one that is not given leaves no trace, so that `given` can tell."""
+    shown = {"hidden": "4 widths in all", "gate-weights": "renormalized for top-k above 1"}
+    shown |= {"kv-heads": "as heads", "text": "built-in corpus", "capacity": "no limit"}
+    shown |= {"overflow": "drop", "priority": "token", "noise-scale": "0.01, 1 or 0.01"}
+    for title, group in OPTIONS.items():
+        section = parser.add_argument_group(title)
+        for name, option in group.items():
+            default = shown.get(name, option.default)
+            common = {"default": argparse.SUPPRESS, "help": f"{option.help} ({default})"}
+            if isinstance(option.kind, tuple):
+                section.add_argument(f"--{name}", choices=option.kind, **common)
+            else:
+                kind = str if option.kind == "balance" else option.kind
+                metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+                section.add_argument(f"--{name}", type=kind, metavar=metavar, **common)
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """Collect the flags that were really given."""
+    return {name: value for name, value in vars(options).items() if name in DEFAULTS}
+
+
+def start(flags: dict[str, Any]) -> loop.Run:
+    """Set up a new run.
+
+    Raises
+    ------
+    ValueError
+        if a setting cannot work, or has no effect beside the others.
+    """
+    from moe_numpy.training import loop
+
+    chosen = DEFAULTS | flags
+    _refuse_idle(flags, chosen)
+    corpus = _corpus(chosen["text"])
+    run = loop.new_run(
+        corpus, _model(chosen, corpus.vocab_size), _training(chosen), chosen["dtype"]
+    )
+    if chosen["text"] is not None:
+        chosen["text"] = str(Path(chosen["text"]).resolve())
+    run.settings = chosen
+    return run
+
+
+def resume(path: Path, flags: dict[str, Any]) -> loop.Run:
+    """Go on with a stopped run; flags beside --resume may only repeat what the run has.
+
+    Raises
+    ------
+    ValueError
+        if there is no such run, or a flag asks for another configuration.
+    """
+    from moe_numpy.training import checkpoint, loop
+
+    stored = checkpoint.load_checkpoint(path)[1].get("settings", {})
+    for name, value in flags.items():
+        if name != "text" and stored.get(name) != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be that of the run ({stored.get(name)}), got "
+                f"{value}. Leave it out, or start a new run with another --out."
+            )
+    return loop.load_run(path, _corpus(flags.get("text", stored.get("text"))))
+
+
+def describe(run: loop.Run) -> str:
+    """Say in two lines what is about to be trained."""
+    cfg, corpus = run.cfg, run.corpus
+    total = tree.size(run.params)
+    active = total
+    if cfg.moe is not None:
+        idle = 1.0 - cfg.moe.top_k / cfg.moe.num_experts
+        experts = sum(tree.size(b.feed.experts) for b in run.params.blocks)
+        active = total - round(idle * experts)
+    feed = "dense feed-forward"
+    if cfg.moe is not None:
+        feed = f"{cfg.moe.num_experts} experts, top-{cfg.moe.top_k}"
+    text = (
+        f"{corpus.name}: {len(corpus.train):,} characters to train on, "
+        f"{len(corpus.validation):,} to validate, {corpus.vocab_size} symbols.\n"
+        f"{cfg.layers} layers of width {cfg.width}, {feed}: {total:,} parameters, "
+        f"{active:,} active per token."
+    )
+    if cfg.moe is not None and cfg.moe.top_k == 1 and cfg.moe.renormalized:
+        text += "\nNote: renormalized top-1 gates are all 1, so the router gets no task gradient."
+    return text
+
+
+def _corpus(text: str | None) -> data.Corpus:
+    from moe_numpy.training import data
+
+    return data.default_corpus() if text is None else data.text_corpus(text)
+
+
+def _model(chosen: dict[str, Any], vocab_size: int) -> ModelConfig:
+    moe = _moe(chosen) if chosen["experts"] else None
+    hidden = None if moe else chosen["hidden"] or 4 * chosen["width"]
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden=hidden,
+        moe=moe,
+        tied=chosen["head"] == "tied",
+        **{name: chosen[name] for name in ("layers", "width", "heads", "kv_heads", "context")},
+        **{name: chosen[name] for name in ("activation", "norm", "positions")},
+    )
+
+
+def _moe(chosen: dict[str, Any]) -> MoEConfig:
+    top_k = chosen["top_k"]
+    return MoEConfig(
+        num_experts=chosen["experts"],
+        top_k=top_k,
+        # As much active width as the dense twin has.
+        hidden=chosen["hidden"] or max(1, 4 * chosen["width"] // max(1, top_k)),
+        activation=chosen["activation"],
+        gate_weights=chosen["gate_weights"],
+        noise=_noise(chosen["noise"], chosen["noise_scale"]),
+        capacity=_capacity(chosen),
+        balance=_balance(chosen["balance"]),
+        bias_rate=chosen["bias_rate"],
+    )
+
+
+def _noise(kind: str, scale: float | None) -> Any:
+    if kind == "none":
+        return None
+    return NOISES[kind]() if scale is None else NOISES[kind](**{NOISE_KNOB[kind]: scale})
+
+
+def _capacity(chosen: dict[str, Any]) -> Capacity | None:
+    if chosen["capacity"] is None or chosen["overflow"] == "none":
+        return None
+    knobs = {name: chosen[name] for name in ("overflow", "priority") if chosen[name]}
+    return Capacity(factor=chosen["capacity"], **knobs)
+
+
+def _balance(text: str) -> tuple:
+    if text == "none":
+        return ()
+    terms = []
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            terms.append(TERMS[name](weight=float(weight)) if weight else TERMS[name]())
+        except KeyError:
+            known = ", ".join(TERMS)
+            raise ValueError(
+                f"--balance must name terms of {known} as NAME=WEIGHT, got {part!r}. "
+                "For example --balance switch=0.01,z=0.001, or --balance none."
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"--balance {part}: {error}") from None
+    return tuple(terms)
+
+
+def _training(chosen: dict[str, Any]) -> TrainingConfig:
+    if chosen["optimizer"] == "adamw":
+        knobs = {name: chosen[name] for name in ("beta1", "beta2", "weight_decay")}
+        optimizer = AdamW(**knobs)
+    else:
+        optimizer = SGD(momentum=chosen["momentum"], weight_decay=chosen["weight_decay"])
+    return TrainingConfig(
+        clip=chosen["clip"] or None,
+        optimizer=optimizer,
+        **{name: chosen[name] for name in ("steps", "batch", "rate", "final_rate", "warmup")},
+        **{name: chosen[name] for name in ("smoothing", "seed")},
+    )
+
+
+def _refuse_idle(flags: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """Refuse flags that would change nothing."""
+    for name in flags:
+        flag = f"--{name.replace('_', '-')}"
+        if not chosen["experts"] and name in EXPERTS_ONLY:
+            raise ValueError(
+                f"{flag} must come with experts, got --experts 0 (the dense twin). Leave it out."
+            )
+        needed = NEEDS.get(name)
+        if needed and chosen[needed] in (None, "none") and chosen[name] != "none":
+            raise ValueError(
+                f"{flag} must come with --{needed}, got it alone. Add --{needed} or leave it out."
+            )
+        other = {"beta1": "adamw", "beta2": "adamw", "momentum": "sgd"}.get(name)
+        if other and chosen["optimizer"] != other:
+            raise ValueError(
+                f"{flag} must come with --optimizer {other}, got {chosen['optimizer']}. "
+                "Leave it out."
+            )

@@ -1,0 +1,473 @@
+"""The layer against its judge, and the equalities that hold for every Mixture of Experts."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import oracles
+import pytest
+
+from moe_numpy import tree
+from moe_numpy.config import (
+    ACTIVATIONS,
+    Capacity,
+    GaussianNoise,
+    ImportanceLoss,
+    InputJitter,
+    LearnedNoise,
+    LoadLoss,
+    MoEConfig,
+    SwitchLoss,
+    ZLoss,
+)
+from moe_numpy.moe import balance, layer, router
+from moe_numpy.ops import softmax
+from moe_numpy.transformer import mlp
+
+N, C, E, F = 11, 6, 5, 3
+NOISES = (None, LearnedNoise(), GaussianNoise(std=0.8), InputJitter(eps=0.3))
+GATES = ("raw", "renormalized")
+
+
+def config(**changes):
+    return MoEConfig(**{"num_experts": E, "top_k": 2, "hidden": F, **changes})
+
+
+def all_terms(noise, k):
+    terms = (SwitchLoss(weight=0.7), ImportanceLoss(weight=0.4), ZLoss(weight=0.2))
+    smooth = isinstance(noise, LearnedNoise | GaussianNoise) and k < E
+    return (*terms, LoadLoss(weight=0.3)) if smooth else terms
+
+
+def draw(seed, cfg, tokens=N):
+    rng = np.random.default_rng(seed)
+    params = oracles.draw_layer(rng, cfg, C)
+    x_NC = rng.standard_normal((tokens, C))
+    return x_NC, params, router.draw_noise(rng, cfg, tokens, C, "float64")
+
+
+def close(a, b, tolerance=1e-12):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def agree(x_NC, params, noise, cfg):
+    """Compare everything that the layer returns with the judge; return the judge's findings."""
+    y_NC, aux, report, _ = layer.moe_forward(x_NC, params, cfg, noise)
+    judge = oracles.moe_layer(x_NC, params, cfg, noise)
+    close(y_NC, judge.y)
+    close(aux, judge.aux)
+    assert report.wished_E.tolist() == judge.count(E, only_accepted=False)
+    assert report.load_E.tolist() == judge.count(E, only_accepted=True)
+    assert report.dropped == judge.dropped()
+    close(report.decisiveness, np.mean([max(t.prob) for t in judge.tokens]))
+    entropy = [-sum(p * np.log(p) for p in t.prob) for t in judge.tokens]
+    close(report.gate_entropy, np.mean(entropy))
+    return judge
+
+
+# ------------------------------------------------------------------------ against the judge
+@pytest.mark.parametrize("overflow", ["drop", "next_best"])
+@pytest.mark.parametrize("priority", ["token", "choice", "score"])
+@pytest.mark.parametrize("k", [1, 2, E])
+@pytest.mark.parametrize("gates", GATES)
+def test_layer_agrees_with_the_judge_under_every_policy(overflow, priority, k, gates):
+    limit = Capacity(factor=0.7, overflow=overflow, priority=priority, rounding="floor")
+    lost = moved = 0
+    for seed, noise_kind in enumerate(NOISES * 2):
+        cfg = config(
+            top_k=k,
+            gate_weights=gates,
+            noise=noise_kind,
+            capacity=limit,
+            balance=all_terms(noise_kind, k if seed % 2 else E),  # the load knows no bias
+            bias_rate=0.0 if seed % 2 else 0.01,
+        )
+        judge = agree(*draw(seed, cfg), cfg)
+        lost += judge.dropped()
+        moved += judge.rerouted()
+    assert lost > 0
+    assert (moved > 0) == (overflow == "next_best" and k < E)
+
+
+@pytest.mark.parametrize("noise_kind", NOISES)
+@pytest.mark.parametrize("k", [1, 2, E])
+def test_layer_agrees_with_the_judge_without_limit_in_training_and_evaluation(noise_kind, k):
+    for seed, gates in itertools.product(range(3), (None, *GATES)):
+        terms = all_terms(noise_kind, k)
+        cfg = config(top_k=k, gate_weights=gates, noise=noise_kind, balance=terms)
+        x_NC, params, noise = draw(seed, cfg)
+        agree(x_NC, params, noise, cfg)
+        agree(x_NC, params, None, cfg)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_experts_agree_with_the_judge_for_every_activation(activation):
+    cfg = config(activation=activation, capacity=Capacity(factor=0.9))
+    agree(*draw(4, cfg), cfg)
+
+
+def test_the_selection_bias_changes_who_is_chosen_but_no_gate():
+    cfg = config(bias_rate=0.01)
+    x_NC, params, _ = draw(0, cfg)
+    unbiased = params._replace(router=params.router._replace(bias_E=np.zeros(E)))
+    biased = oracles.moe_layer(x_NC, params, cfg)
+    assert biased.wished != oracles.moe_layer(x_NC, unbiased, cfg).wished
+    shifted = params._replace(router=params.router._replace(bias_E=params.router.bias_E + 5.0))
+    y_NC = layer.moe_forward(x_NC, params, cfg)[0]
+    close(layer.moe_forward(x_NC, shifted, cfg)[0], y_NC)
+    agree(x_NC, params, None, cfg)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("noise_kind", NOISES)
+@pytest.mark.parametrize("overflow", [None, "drop", "next_best"])
+def test_gradients_are_the_slopes_of_the_judge(gates, noise_kind, overflow):
+    limit = overflow and Capacity(factor=0.7, overflow=overflow, priority="choice")
+    terms = all_terms(noise_kind, 2)
+    cfg = config(gate_weights=gates, noise=noise_kind, capacity=limit, balance=terms)
+    x_NC, params, noise = draw(3, cfg)
+    rng = np.random.default_rng(99)
+    dy_NC, daux = rng.standard_normal((N, C)), 1.7
+    *_, cache = layer.moe_forward(x_NC, params, cfg, noise)
+    gradients = layer.moe_backward(dy_NC, daux, cache)
+    arguments = (x_NC, params)
+
+    def judged(at):
+        judge = oracles.moe_layer(*at, cfg, noise)
+        return (dy_NC * np.array(judge.y)).sum() + daux * judge.aux, (judge.using, judge.accepted)
+
+    for i, (name, leaf) in enumerate(tree.named_leaves(arguments)):
+        direction = rng.standard_normal(leaf.shape)
+
+        def moved(step, i=i, direction=direction):
+            changed = list(tree.leaves(arguments))
+            changed[i] = changed[i] + step * direction
+            return judged(tree.from_leaves(arguments, changed))
+
+        (above, fate), (below, other_fate) = moved(1e-5), moved(-1e-5)
+        assert fate == other_fate, "the probe crossed a discrete decision: choose another seed"
+        slope = (above - below) / 2e-5
+        got = (tree.leaves(gradients)[i] * direction).sum()
+        assert abs(slope) > 1e-3, f"{name}: nothing to compare"
+        assert abs(got - slope) < 1e-6 * abs(slope), f"{name}: {got} instead of {slope}"
+
+
+# ---------------------------------------------------------------------------------- equivalences
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_expert_is_the_dense_mlp_forward_and_backward(activation):
+    cfg = config(num_experts=1, top_k=1, activation=activation)
+    x_NC, params, _ = draw(0, cfg)
+    dense = mlp.MLPParams(*(None if w is None else w[0] for w in params.experts))
+    y_NC, aux, _, cache = layer.moe_forward(x_NC, params, cfg)
+    dense_y, dense_cache = mlp.mlp_forward(x_NC, dense, activation)
+    close(y_NC, dense_y)
+    assert aux == 0.0
+    dy_NC = np.random.default_rng(1).standard_normal((N, C))
+    dx_NC, grads = layer.moe_backward(dy_NC, 1.0, cache)
+    dense_dx, dense_grads = mlp.mlp_backward(dy_NC, dense_cache)
+    close(dx_NC, dense_dx)
+    pairs = zip(tree.leaves(grads.experts), tree.leaves(dense_grads), strict=True)
+    for got, wanted in pairs:
+        close(got[0], wanted)
+    assert not grads.router.w_CE.any()
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_choosing_all_experts_is_the_full_softmax_mixture(gates):
+    cfg = config(top_k=E, gate_weights=gates)
+    x_NC, params, _ = draw(1, cfg)
+    w_in, _, w_out = (w if w is None else w.tolist() for w in params.experts)
+    for x, y in zip(x_NC, layer.moe_forward(x_NC, params, cfg)[0], strict=True):
+        prob = oracles.softmax((x @ params.router.w_CE).tolist())
+        outputs = [
+            oracles.mlp(x.tolist(), w_in[e], None, w_out[e], cfg.activation) for e in range(E)
+        ]
+        close(y, np.array(prob) @ np.array(outputs))
+
+
+@pytest.mark.parametrize("k", [1, 2, E])
+def test_ample_capacity_is_no_capacity(k):
+    cfg = config(top_k=k, balance=all_terms(None, k))
+    x_NC, params, _ = draw(2, cfg)
+    free = both_ways(x_NC, params, cfg)
+    policies = itertools.product(("drop", "next_best"), ("token", "choice", "score"))
+    for overflow, priority in policies:
+        limit = Capacity(factor=float(E), overflow=overflow, priority=priority)
+        limited = both_ways(x_NC, params, dataclasses.replace(cfg, capacity=limit))
+        for a, b in zip(free, limited, strict=True):
+            close(a, b)
+
+
+def both_ways(x_NC, params, cfg, noise=None, dy_NC=None, daux=1.0):
+    """Run forward and backward; list y, aux, dx and every gradient."""
+    y_NC, aux, _, cache = layer.moe_forward(x_NC, params, cfg, noise)
+    if dy_NC is None:
+        dy_NC = np.random.default_rng(8).standard_normal(x_NC.shape)
+    dx_NC, grads = layer.moe_backward(dy_NC, daux, cache)
+    return [y_NC, aux, dx_NC, *tree.leaves(grads)]
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [None, Capacity(factor=0.7), Capacity(factor=0.7, overflow="next_best", priority="score")],
+)
+def test_relabelling_the_experts_changes_nothing(limit):
+    cfg = config(capacity=limit, balance=all_terms(None, 2), bias_rate=0.1)
+    x_NC, params, _ = draw(3, cfg)
+    new = np.array([3, 0, 4, 1, 2])
+    shuffled = layer.MoEParams(
+        router.RouterParams(params.router.w_CE[:, new], None, params.router.bias_E[new]),
+        tree.map(lambda w: w[new], params.experts),
+    )
+    y, aux, dx, dw, _, d_in, d_out = both_ways(x_NC, params, cfg)
+    y2, aux2, dx2, dw2, _, d_in2, d_out2 = both_ways(x_NC, shuffled, cfg)
+    for a, b in [(y, y2), (aux, aux2), (dx, dx2)]:
+        close(a, b)
+    for a, b in [(dw[:, new], dw2), (d_in[new], d_in2), (d_out[new], d_out2)]:
+        close(a, b)
+
+
+def test_permuting_the_tokens_permutes_the_outputs_while_nothing_is_dropped():
+    cfg = config(balance=all_terms(LearnedNoise(), 2), noise=LearnedNoise())
+    x_NC, params, noise = draw(4, cfg)
+    new = np.random.default_rng(0).permutation(N)
+    dy_NC = np.random.default_rng(1).standard_normal((N, C))
+    y, aux, dx, *grads = both_ways(x_NC, params, cfg, noise, dy_NC)
+    y2, aux2, dx2, *grads2 = both_ways(x_NC[new], params, cfg, noise[new], dy_NC[new])
+    close(y[new], y2)
+    close(dx[new], dx2)
+    close(aux, aux2)
+    for a, b in zip(grads, grads2, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, E])
+def test_renormalized_gates_are_raw_gates_over_their_sum_and_the_masked_softmax(k):
+    rng = np.random.default_rng(k)
+    z_NE = 2.0 * rng.standard_normal((N, E))
+    expert_NK = router.top_k(z_NE, k)
+    gate_NK, cache = router.renormalized_gate_forward(z_NE, expert_NK)
+    prob_NE, prob_cache = softmax.softmax_forward(z_NE)
+    raw_NK, raw_cache = router.raw_gate_forward(prob_NE, expert_NK)
+    close(gate_NK, raw_NK / raw_NK.sum(1, keepdims=True))
+    chosen_NE = np.zeros((N, E), bool)
+    np.put_along_axis(chosen_NE, expert_NK, True, 1)
+    masked_NE, masked_cache = softmax.softmax_forward(np.where(chosen_NE, z_NE, -np.inf))
+    assert (masked_NE[~chosen_NE] == 0.0).all()
+    close(np.take_along_axis(masked_NE, expert_NK, 1), gate_NK)
+    dgate_NK = rng.standard_normal((N, k))
+    dz_NE = router.renormalized_gate_backward(dgate_NK, cache)
+    dmasked_NE = router.raw_gate_backward(dgate_NK, (expert_NK, E))
+    close(dz_NE, softmax.softmax_backward(dmasked_NE, masked_cache))
+    total_N1 = raw_NK.sum(1, keepdims=True)
+    draw_NK = (dgate_NK - (dgate_NK * gate_NK).sum(1, keepdims=True)) / total_N1
+    dprob_NE = router.raw_gate_backward(draw_NK, raw_cache)
+    close(dz_NE, softmax.softmax_backward(dprob_NE, prob_cache))
+    assert (dz_NE[~chosen_NE] == 0.0).all()
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_token_dropped_everywhere_has_zero_output_and_no_task_gradient(gates, k):
+    cfg = config(
+        top_k=k,
+        gate_weights=gates,
+        capacity=Capacity(factor=0.4),
+        balance=all_terms(None, k),
+    )
+    x_NC, params, _ = draw(5, cfg)
+    judge = oracles.moe_layer(x_NC, params, cfg)
+    gone_N = np.array([not any(fine) for fine in judge.accepted])
+    assert 0 < gone_N.sum() < N
+    y_NC, _, dx_NC, *_ = both_ways(x_NC, params, cfg, daux=0.0)
+    assert not y_NC[gone_N].any()
+    assert not dx_NC[gone_N].any()
+    assert dx_NC[~gone_N].any(1).all()
+    only_gone_NC = gone_N[:, None] * np.ones((N, C))
+    _, _, dx_NC, *grads = both_ways(x_NC, params, cfg, dy_NC=only_gone_NC, daux=0.0)
+    assert not any(grad.any() for grad in (dx_NC, *grads))
+    _, _, dx_NC, *_ = both_ways(x_NC, params, cfg, daux=1.0)
+    assert dx_NC[gone_N].any(1).all(), "the balance terms still teach the router"
+
+
+def test_a_renormalized_top_1_router_learns_nothing_from_the_task_and_a_raw_one_does():
+    for gates, learns in [("renormalized", False), ("raw", True), (None, True)]:
+        cfg = config(top_k=1, gate_weights=gates)
+        dw_CE = both_ways(*draw(6, cfg)[:2], cfg)[3]
+        assert dw_CE.any() == learns
+
+
+def test_an_expert_without_tokens_gets_zero_gradient():
+    cfg = config(top_k=2)
+    x_NC, params, _ = draw(7, cfg)
+    x_NC[:, 0] = 1.0
+    params.router.w_CE[0, 3] = -50.0
+    *_, report, cache = layer.moe_forward(x_NC, params, cfg)
+    assert report.load_E[3] == 0
+    _, grads = layer.moe_backward(np.ones((N, C)), 0.0, cache)
+    assert not grads.experts.in_ECF[3].any()
+    assert not grads.experts.out_EFC[3].any()
+    assert grads.experts.in_ECF[report.load_E > 0].any((1, 2)).all()
+
+
+def test_top_k_takes_the_best_first_and_the_lower_index_of_equal_ones():
+    score_NE = np.random.default_rng(0).integers(0, 3, (40, 6)).astype(float)
+    given = score_NE.copy()
+    for k in (1, 2, 6):
+        wanted = [oracles.rank(z)[:k] for z in score_NE.tolist()]
+        assert router.top_k(score_NE, k).tolist() == wanted
+    assert (score_NE == given).all()
+
+
+# ---------------------------------------------------------------------------------------- noise
+def test_evaluation_is_deterministic_clean_and_without_limit():
+    cfg = config(noise=LearnedNoise(), capacity=Capacity(factor=0.5), balance=(SwitchLoss(),))
+    x_NC, params, _ = draw(0, cfg)
+    first, second = (layer.moe_forward(x_NC, params, cfg.evaluation()) for _ in range(2))
+    assert (first[0] == second[0]).all()
+    assert first[2].dropped == 0
+    assert layer.moe_forward(x_NC, params, cfg)[2].dropped > 0
+    assert cfg.evaluation() == dataclasses.replace(cfg, capacity=None)
+
+
+@pytest.mark.parametrize("noise_kind", NOISES[1:])
+def test_the_same_noise_gives_the_same_result_and_other_noise_another(noise_kind):
+    cfg = config(noise=noise_kind)
+    x_NC, params, noise = draw(1, cfg)
+    kept = noise.copy()
+    outputs = [layer.moe_forward(x_NC, params, cfg, u)[0] for u in (noise, noise, -noise, None)]
+    assert (noise == kept).all()
+    assert (outputs[0] == outputs[1]).all()
+    assert np.abs(outputs[0] - outputs[2]).max() > 1e-3
+    assert np.abs(outputs[0] - outputs[3]).max() > 1e-3
+
+
+def test_noise_is_drawn_in_the_shape_and_law_that_the_router_wants():
+    rng = np.random.default_rng(0)
+    assert router.draw_noise(rng, config(), 7, C, "float32") is None
+    for kind in NOISES[1:3]:
+        noise_NE = router.draw_noise(rng, config(noise=kind), 4000, C, "float32")
+        assert noise_NE.shape == (4000, E)
+        assert noise_NE.dtype == np.float32
+        assert abs(noise_NE.mean()) < 0.03
+        assert abs(noise_NE.std() - 1.0) < 0.03
+    noise_NC = router.draw_noise(rng, config(noise=InputJitter()), 4000, C, "float64")
+    assert noise_NC.shape == (4000, C)
+    assert -1.0 <= noise_NC.min() < -0.99
+    assert 0.99 < noise_NC.max() <= 1.0
+    assert abs(noise_NC.std() - 3**-0.5) < 0.02
+
+
+def test_noise_for_a_layer_that_has_none_is_refused():
+    x_NC, params, _ = draw(0, config())
+    with pytest.raises(ValueError, match="noise came for a layer with noise=None"):
+        layer.moe_forward(x_NC, params, config(), np.zeros((N, E)))
+
+
+def test_the_noise_scale_learns_with_noise_and_rests_without():
+    cfg = config(noise=LearnedNoise())
+    x_NC, params, noise = draw(2, cfg)
+    assert both_ways(x_NC, params, cfg, noise)[4].any()
+    assert not both_ways(x_NC, params, cfg, None)[4].any()
+
+
+def test_jitter_reaches_the_router_and_not_the_experts():
+    # With one expert the router has no say: jitter must not change a single bit.
+    cfg = config(num_experts=1, top_k=1, noise=InputJitter(eps=0.5))
+    x_NC, params, noise = draw(3, cfg)
+    clean, jittered = (both_ways(x_NC, params, cfg, u) for u in (None, noise))
+    assert all((a == b).all() for a, b in zip(clean, jittered, strict=True))
+    many = config(noise=InputJitter(eps=0.5))
+    x_NC, params, noise = draw(3, many)
+    _, _, report, _ = layer.moe_forward(x_NC, params, many, noise)
+    _, _, clean_report, _ = layer.moe_forward(x_NC, params, many, None)
+    assert report.decisiveness != clean_report.decisiveness
+
+
+# -------------------------------------------------------------------------------------- balance
+def switch(prob_NE, expert_NK):
+    value, cache = balance.switch_loss_forward(prob_NE, expert_NK)
+    prob_cache = softmax.softmax_forward(np.log(prob_NE))[1]
+    return value, softmax.softmax_backward(balance.switch_loss_backward(1.0, cache), prob_cache)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_switch_loss_is_one_at_balance_where_its_gradient_is_zero(k):
+    tokens = np.arange(4 * E)
+    expert_NK = np.stack([(tokens + j) % E for j in range(k)], 1)
+    value, _ = switch(np.full((4 * E, E), 1.0 / E), expert_NK)
+    close(value, 1.0)
+    prob_NE = np.random.default_rng(0).dirichlet(np.ones(E), 4 * E)
+    value, dlogit_NE = switch(prob_NE, expert_NK)  # f is uniform, P need not be
+    close(value, 1.0)
+    assert np.abs(dlogit_NE).max() < 1e-15
+    _, dlogit_NE = switch(prob_NE, np.zeros((4 * E, 1), int))
+    assert np.abs(dlogit_NE).max() > 1e-3
+
+
+def test_switch_loss_is_the_number_of_experts_when_one_gets_everything():
+    prob_NE = np.zeros((7, E))
+    prob_NE[:, 2] = 1.0
+    value, _ = balance.switch_loss_forward(prob_NE, np.full((7, 1), 2))
+    close(value, E)
+
+
+def test_cv_squared_is_zero_at_equality_and_one_less_than_the_experts_for_a_monopoly():
+    close(balance.cv_squared_forward(np.full(E, 3.7))[0], 0.0)
+    close(balance.cv_squared_forward(np.array([0.0, 0, 90, 0, 0]))[0], E - 1)
+    amounts = np.random.default_rng(0).uniform(0, 9, E)
+    close(balance.cv_squared_forward(amounts)[0], oracles.cv_squared(amounts.tolist()))
+
+
+def test_z_loss_gradient_rows_sum_to_twice_the_log_sum_exp_over_the_tokens():
+    logit_NE = 3.0 * np.random.default_rng(0).standard_normal((N, E))
+    value, cache = balance.z_loss_forward(logit_NE)
+    close(value, oracles.z_loss(logit_NE.tolist()))
+    lse = np.array([oracles.log_sum_exp(z) for z in logit_NE.tolist()])
+    close(balance.z_loss_backward(1.0, cache).sum(1), 2.0 * lse / N)
+    close(balance.z_loss_forward(np.zeros((N, E)))[0], np.log(E) ** 2)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_smooth_load_sums_to_about_the_number_of_choices(k):
+    cfg = config(top_k=k, noise=LearnedNoise())
+    x_NC, params, noise = draw(0, cfg, tokens=20_000)
+    clean_NE, noisy_NE, scale_NE, _ = router.router_forward(x_NC, params.router, cfg, noise)
+    load_E, _ = balance.load_forward(clean_NE, noisy_NE, scale_NE, k)
+    assert abs(load_E.sum() / (20_000 * k) - 1.0) < 0.01
+    count_E = np.bincount(router.top_k(noisy_NE, k).reshape(-1), minlength=E)
+    assert np.abs(load_E / count_E - 1.0).max() < 0.03
+
+
+def test_the_load_loss_counts_the_selection_bias_or_is_refused_beside_it():
+    try:
+        cfg = config(noise=GaussianNoise(), balance=(LoadLoss(weight=1.0),), bias_rate=0.1)
+    except ValueError:
+        return
+    x_NC, params, noise = draw(0, cfg, tokens=500)
+    params.router.bias_E[:] = [9.0, 9.0, 0.0, 0.0, 0.0]  # every token to experts 0 and 1
+    _, aux, report, _ = layer.moe_forward(0.1 * x_NC, params, cfg, noise)
+    close(aux, oracles.cv_squared(report.wished_E.tolist()), 0.05)
+
+
+def test_the_bias_rule_lifts_experts_below_the_mean_load_and_lowers_those_above():
+    bias_E = np.array([0.5, 0.0, -0.5, 0.1], np.float32)
+    new_E = balance.updated_bias(bias_E, np.array([0, 10, 4, 6]), 0.01)
+    close(new_E - bias_E, [0.01, -0.01, 0.01, -0.01], 1e-7)
+    assert new_E.dtype == np.float32
+    assert (balance.updated_bias(bias_E, np.full(4, 5), 0.01) == bias_E).all()
+
+
+def test_limits_change_the_balance_terms_only_through_the_gates_in_use():
+    # The Switch loss, the load and the z-loss look at wishes; the importance at the experts in use.
+    terms = (SwitchLoss(), LoadLoss(), ZLoss())
+    tight = Capacity(factor=0.5, overflow="next_best")
+    free = config(noise=GaussianNoise(), balance=terms)
+    x_NC, params, noise = draw(1, free)
+    limited = dataclasses.replace(free, capacity=tight)
+    aux = [layer.moe_forward(x_NC, params, each, noise)[1] for each in (free, limited)]
+    close(aux[0], aux[1])
+    only = {"balance": (ImportanceLoss(),)}
+    free, limited = (dataclasses.replace(each, **only) for each in (free, limited))
+    aux = [layer.moe_forward(x_NC, params, each, noise)[1] for each in (free, limited)]
+    assert abs(aux[0] - aux[1]) > 1e-4

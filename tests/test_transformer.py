@@ -1,0 +1,377 @@
+"""Attention, the whole model, and generation with kept keys and values."""
+
+import itertools
+import math
+
+import numpy as np
+import oracles
+import pytest
+
+from moe_numpy import tree
+from moe_numpy.config import (
+    Capacity,
+    ImportanceLoss,
+    LearnedNoise,
+    LoadLoss,
+    ModelConfig,
+    MoEConfig,
+    SwitchLoss,
+    ZLoss,
+)
+from moe_numpy.ops import rotary
+from moe_numpy.transformer import attention, generation, model
+
+V, T = 13, 7
+EXPERTS = MoEConfig(num_experts=3, top_k=2, hidden=5)
+
+
+def config(**changes):
+    knobs = {"vocab_size": V, "context": T, "layers": 2, "width": 8, "heads": 4, **changes}
+    if knobs.get("moe") is None or knobs.get("moe_layers") is not None:
+        knobs.setdefault("hidden", 6)
+    return ModelConfig(**knobs)
+
+
+def draw(seed, cfg, dtype="float64", spread=0.5):
+    """Draw parameters without any special value: no gain of one, no bias of zero."""
+    rng = np.random.default_rng(seed)
+    params = model.init_model(rng, cfg, dtype)
+    return tree.map(lambda leaf: rng.normal(0.1, spread, leaf.shape).astype(dtype), params)
+
+
+def close(a, b, tolerance=1e-12):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+SHAPES = [
+    {"positions": positions, **heads, **feed}
+    for positions, heads, feed in itertools.product(
+        ("learned", "rotary"),
+        ({}, {"kv_heads": 2}, {"kv_heads": 1}),
+        ({}, {"moe": EXPERTS}, {"moe": EXPERTS, "moe_layers": (1,), "activation": "swiglu"}),
+    )
+]
+
+
+# ------------------------------------------------------------------------------------- attention
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("groups", [None, 2, 1])
+def test_attention_agrees_with_the_judge_at_every_position_and_head(positions, groups):
+    cfg = config(positions=positions, kv_heads=groups)
+    rng = np.random.default_rng(0)
+    params = draw(1, cfg).blocks[0].attention
+    x_BTC = rng.standard_normal((2, T, 8))
+    y_BTC, cache = attention.attention_forward(x_BTC, params, cfg)
+    a_BHTS = cache[2][0]
+    assert a_BHTS.shape == (2, 4, T, T)
+    for b, t in itertools.product(range(2), range(T)):
+        answer, weights = oracles.attend(x_BTC[b], t, params, positions == "rotary")
+        close(y_BTC[b, t], answer)
+        close(a_BHTS[b, :, t, : t + 1], weights)
+
+
+def test_nobody_attends_to_the_future_and_the_weights_sum_to_one():
+    rng = np.random.default_rng(0)
+    for queries in (1, 3, 6):
+        q_BHTD = 3.0 * rng.standard_normal((2, 3, queries, 4))
+        a_BHTS, cache = attention.scores_forward(q_BHTD, rng.standard_normal((2, 3, 6, 4)))
+        close(a_BHTS.sum(-1), 1.0)
+        for t in range(queries):  # the queries are the last of the six positions
+            now = 6 - queries + t
+            assert (a_BHTS[:, :, t, now + 1 :] == 0.0).all()
+            assert (a_BHTS[:, :, t, : now + 1] > 0.0).all()
+        _, dk_BHSD = attention.scores_backward(rng.standard_normal(a_BHTS.shape), cache)
+        assert dk_BHSD.any()
+
+
+def test_rotary_turns_keep_lengths_and_depend_on_the_distance_only():
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 1, 6))
+    scores = []
+    for shift in (0, 1, 17):
+        q_turned, _ = rotary.rotary_forward(q, np.array([5 + shift]))
+        k_turned, _ = rotary.rotary_forward(k, np.array([2 + shift]))
+        scores.append(q_turned[0] @ k_turned[0])
+        close(np.linalg.norm(q_turned), np.linalg.norm(q))
+        close(q_turned[0], oracles.turn(q[0].tolist(), 5 + shift))
+    close(scores, scores[0])
+    elsewhere, _ = rotary.rotary_forward(k, np.array([3]))
+    assert abs(rotary.rotary_forward(q, np.array([5]))[0][0] @ elsewhere[0] - scores[0]) > 1e-3
+    close(rotary.rotary_forward(q, np.array([0]))[0], q)
+
+
+# ------------------------------------------------------------------------------------- the model
+@pytest.mark.parametrize("shape", SHAPES[::2])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_agree_with_the_judge(shape, norm, tied):
+    cfg = config(norm=norm, tied=tied, **shape)
+    params = draw(2, cfg)
+    token_BT = np.random.default_rng(0).integers(0, V, (2, 5))
+    logits_BTV, aux, reports, _ = model.model_forward(token_BT, params, cfg)
+    for b in range(2):
+        close(logits_BTV[b], oracles.model_logits(token_BT[b].tolist(), params, cfg), 1e-11)
+    assert aux == 0.0
+    assert len(reports) == (0 if cfg.moe is None else len(cfg.moe_layers or (0, 1)))
+
+
+@pytest.mark.parametrize("limit", [None, Capacity(factor=0.7), Capacity(overflow="next_best")])
+def test_logits_do_not_depend_on_later_tokens(limit):
+    experts = MoEConfig(num_experts=3, top_k=2, hidden=5, capacity=limit)
+    cfg = config(moe=experts)
+    params = draw(3, cfg)
+    token_BT = np.random.default_rng(1).integers(0, V, (1, T))
+    for t in range(1, T):
+        changed_BT = token_BT.copy()
+        changed_BT[:, t:] = (changed_BT[:, t:] + 1 + np.arange(T - t)) % V
+        before, after = (model.model_forward(u, params, cfg)[0] for u in (token_BT, changed_BT))
+        close(before[:, :t], after[:, :t])
+        assert np.abs(before[:, t:] - after[:, t:]).max() > 1e-3
+
+
+def test_the_model_adds_up_the_balance_terms_of_its_layers():
+    terms = (SwitchLoss(weight=0.5), ZLoss(weight=0.1))
+    cfg = config(moe=MoEConfig(num_experts=3, top_k=2, hidden=5, balance=terms))
+    params = draw(4, cfg)
+    token_BT = np.random.default_rng(0).integers(0, V, (2, T))
+    loss, report, _ = model.loss_forward(token_BT, token_BT, params, cfg)
+    close(loss, report.cross_entropy + report.aux)
+    x_BTC, total = params.token_VC[token_BT] + params.position_TC, 0.0
+    for block in params.blocks:
+        rows = [[oracles.attend(np.array(seen), t, block.attention, False)[0] for t in range(T)]
+                for seen in ([oracles.normalize(x, block.norm_1) for x in b] for b in x_BTC.tolist())]  # fmt: skip
+        x_BTC = x_BTC + np.array(rows)
+        seen = [oracles.normalize(x, block.norm_2) for x in x_BTC.reshape(-1, 8).tolist()]
+        found = oracles.moe_layer(np.array(seen), block.feed, cfg.moe)
+        total += found.aux
+        x_BTC = x_BTC + np.array(found.y).reshape(x_BTC.shape)
+    close(report.aux, total, 1e-11)
+
+
+def test_the_dense_twin_has_no_experts_no_aux_and_no_noise():
+    cfg = config()
+    token_BT = np.zeros((1, 3), int)
+    _, report, cache = model.loss_forward(token_BT, token_BT, draw(0, cfg), cfg)
+    assert report.aux == 0.0
+    assert report.layers == ()
+    assert model.draw_noise(np.random.default_rng(0), cfg, 3) is None
+    assert not any(
+        "router" in name for name, _ in tree.named_leaves(model.loss_backward(1.0, cache))
+    )
+    assert cfg.evaluation() == cfg
+
+
+def test_noise_is_drawn_for_the_layers_with_experts_only():
+    experts = MoEConfig(num_experts=3, top_k=2, hidden=5, noise=LearnedNoise())
+    cfg = config(moe=experts, moe_layers=(1,))
+    noise = model.draw_noise(np.random.default_rng(0), cfg, 10, "float64")
+    assert noise[0] is None
+    assert noise[1].shape == (10, 3)
+    token_BT = np.random.default_rng(0).integers(0, V, (2, 5))
+    params = draw(0, cfg)
+    noisy, clean = (model.model_forward(token_BT, params, cfg, u)[0] for u in (noise, None))
+    assert np.abs(noisy - clean).max() > 1e-6
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("moe", [None, EXPERTS])
+def test_an_untrained_model_guesses_and_loses_about_the_logarithm_of_the_vocabulary(tied, moe):
+    cfg = config(vocab_size=50, width=32, context=20, tied=tied, moe=moe)
+    params = model.init_model(np.random.default_rng(0), cfg, "float64")
+    token_BT, target_BT = np.random.default_rng(1).integers(0, 50, (2, 30, 20))
+    _, report, _ = model.loss_forward(token_BT, target_BT, params, cfg)
+    assert abs(report.cross_entropy - math.log(50)) < 0.05
+
+
+def test_a_tied_table_gets_the_sum_of_the_gradients_of_both_its_uses():
+    tied, untied = config(tied=True), config(tied=False)
+    params = draw(5, tied)
+    twin = params._replace(head_CV=params.token_VC.T.copy())
+    token_BT, target_BT = np.random.default_rng(0).integers(0, V, (2, 3, T))
+    loss, _, cache = model.loss_forward(token_BT, target_BT, params, tied)
+    twin_loss, _, twin_cache = model.loss_forward(token_BT, target_BT, twin, untied)
+    close(loss, twin_loss)
+    grads, twins = model.loss_backward(1.0, cache), model.loss_backward(1.0, twin_cache)
+    close(grads.token_VC, twins.token_VC + twins.head_CV.T)
+    assert grads.head_CV is None
+    assert np.abs(twins.head_CV).max() > 1e-3
+    close(grads.position_TC, twins.position_TC)
+
+
+def test_label_smoothing_mixes_the_target_with_the_uniform_distribution():
+    cfg = config()
+    params = draw(6, cfg)
+    token_BT, target_BT = np.random.default_rng(0).integers(0, V, (2, 1, T))
+    for smoothing in (0.0, 0.1, 0.6):
+        loss, _, cache = model.loss_forward(token_BT, target_BT, params, cfg, smoothing=smoothing)
+        logits = oracles.model_logits(token_BT[0].tolist(), params, cfg)
+        close(loss, oracles.cross_entropy(logits, target_BT[0].tolist(), smoothing), 1e-11)
+        assert np.isfinite(tree.leaves(model.loss_backward(1.0, cache))[0]).all()
+
+
+def test_a_sequence_longer_than_the_context_or_an_unknown_token_is_refused():
+    cfg = config()
+    params = draw(0, cfg)
+    with pytest.raises(ValueError, match=f"at most {T} tokens"):
+        model.model_forward(np.zeros((1, T + 1), int), params, cfg)
+    for bad in (-1, V):
+        with pytest.raises(ValueError, match=f"from 0 to {V - 1}"):
+            model.model_forward(np.array([[0, bad]]), params, cfg)
+    with pytest.raises(ValueError, match="integers"):
+        model.model_forward(np.array([[0.0, 1.0]]), params, cfg)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_the_slopes_of_the_loss(shape):
+    cfg = config(**shape)
+    params, rng = draw(7, cfg), np.random.default_rng(1)
+    token_BT, target_BT = rng.integers(0, V, (2, 2, T))
+    _, _, cache = model.loss_forward(token_BT, target_BT, params, cfg)
+    grads = model.loss_backward(1.0, cache)
+    assert type(grads) is type(params)
+    for i, (name, leaf) in enumerate(tree.named_leaves(params)):
+        direction, around = rng.standard_normal(leaf.shape), []
+        for step in (1e-5, -1e-5):
+            changed = tree.leaves(params)
+            changed[i] = leaf + step * direction
+            shifted = tree.from_leaves(params, changed)
+            around.append(model.loss_forward(token_BT, target_BT, shifted, cfg)[0])
+        slope = (around[0] - around[1]) / 2e-5
+        got = (tree.leaves(grads)[i] * direction).sum()
+        assert abs(got - slope) < 1e-6 * max(abs(slope), 1e-2), f"{name}: {got}, not {slope}"
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("limit", [None, Capacity(factor=0.8, overflow="next_best")])
+def test_float32_parameters_give_float32_everywhere(norm, positions, limit):
+    terms = (SwitchLoss(), ImportanceLoss(), LoadLoss(), ZLoss())
+    experts = MoEConfig(
+        num_experts=3, top_k=2, hidden=5, noise=LearnedNoise(), capacity=limit, balance=terms
+    )
+    for moe, tied in ((None, True), (experts, False)):
+        cfg = config(moe=moe, norm=norm, positions=positions, tied=tied, kv_heads=2)
+        params = model.init_model(np.random.default_rng(0), cfg)
+        assert all(leaf.dtype == np.float32 for leaf in tree.leaves(params))
+        token_BT, target_BT = np.random.default_rng(1).integers(0, V, (2, 2, T))
+        noise = model.draw_noise(np.random.default_rng(2), cfg, 2 * T)
+        loss, report, cache = model.loss_forward(token_BT, target_BT, params, cfg, noise, 0.1)
+        assert loss.dtype == report.cross_entropy.dtype == report.aux.dtype == np.float32
+        assert model.model_forward(token_BT, params, cfg, noise)[0].dtype == np.float32
+        for name, grad in tree.named_leaves(model.loss_backward(loss.dtype.type(1), cache)):
+            assert grad.dtype == np.float32, name
+
+
+# ------------------------------------------------------------------------------------ generation
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chunks", [[1] * T, [3, 1, 1, 1, 1], [2, 3, 2], [T]])
+def test_kept_keys_and_values_give_the_logits_of_the_full_forward(shape, chunks):
+    cfg = config(**shape)
+    params = draw(8, cfg)
+    token_BT = np.random.default_rng(0).integers(0, V, (2, T))
+    wanted, _, _, _ = model.model_forward(token_BT, params, cfg)
+    kv = tuple(attention.KeyValues(cfg, 2, "float64") for _ in params.blocks)
+    start = 0
+    for length in chunks:
+        piece = token_BT[:, start : start + length]
+        logits, _, _, _ = model.model_forward(piece, params, cfg, kv=kv)
+        close(logits, wanted[:, start : start + length])
+        start += length
+    with pytest.raises(ValueError, match=f"at most {T} tokens"):
+        model.model_forward(token_BT[:, :1], params, cfg, kv=kv)
+
+
+def greedy(prompt, params, cfg, tokens):
+    """Pick the best token each time from a fresh full forward; restart in the second half."""
+    history, window = list(prompt), list(prompt)[-cfg.context :]
+    for _ in range(tokens):
+        if len(window) > cfg.context:
+            window = history[-max(1, cfg.context // 2) :]
+        logits = model.model_forward(np.array([window]), params, cfg.evaluation())[0][0, -1]
+        history.append(int(np.argmax(logits)))
+        window.append(history[-1])
+    return history[len(prompt) :]
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("context", [1, 2, 7])
+def test_greedy_generation_is_that_of_full_forwards_even_beyond_the_context(positions, context):
+    experts = MoEConfig(num_experts=3, top_k=1, hidden=5, capacity=Capacity(factor=0.5))
+    cfg = config(positions=positions, moe=experts, context=context)
+    for seed, prompt in enumerate([[3], [1, 2, 3], [5] * 9]):
+        params = draw(seed, cfg)
+        wanted = greedy(prompt, params, cfg, 20)
+        cold = list(generation.generate(prompt, params, cfg, 20, rng=1, temperature=0))
+        assert cold == wanted
+        assert cold == list(generation.generate(prompt, params, cfg, 20, rng=2, top_k=1))
+        assert len(set(wanted)) > 1 or context == 1
+
+
+def test_generation_keeps_yielding_known_tokens_and_the_seed_decides():
+    cfg = config(moe=EXPERTS)
+    params = draw(0, cfg, dtype="float32", spread=0.2)
+    runs = [list(generation.generate(np.array([1, 2]), params, cfg, 40, rng=r)) for r in (5, 5, 6)]
+    assert runs[0] == runs[1] != runs[2]
+    assert len(runs[0]) == 40
+    assert all(isinstance(token, int) and 0 <= token < V for token in runs[0])
+    assert len(set(runs[0])) > 3
+    assert list(generation.generate([1], params, cfg, 0, rng=0)) == []
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says():
+    cfg = config(layers=1)
+    params = draw(1, cfg, spread=0.3)
+    logits = model.model_forward(np.array([[4]]), params, cfg)[0][0, 0]
+    wanted = np.array(oracles.softmax((logits / 0.7).tolist()))
+    rng = np.random.default_rng(0)
+    drawn = [
+        next(generation.generate([4], params, cfg, 1, rng, temperature=0.7)) for _ in range(2000)
+    ]
+    share = np.bincount(drawn, minlength=V) / 2000
+    assert np.abs(share - wanted).max() < 4.5 * np.sqrt(wanted * (1 - wanted) / 2000).max()
+
+
+def test_sampling_keeps_exactly_what_temperature_top_k_and_top_p_say():
+    logits_V = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2]))
+    sample = generation.sampling_probabilities
+    close(sample(logits_V), [0.1, 0.4, 0.05, 0.25, 0.2])
+    close(sample(logits_V, temperature=0), [0, 1, 0, 0, 0])
+    close(sample(logits_V, temperature=0, top_k=3, top_p=0.9), [0, 1, 0, 0, 0])
+    close(sample(logits_V, top_k=1), [0, 1, 0, 0, 0])
+    close(sample(logits_V, top_k=3), np.array([0, 0.4, 0, 0.25, 0.2]) / 0.85)
+    close(sample(logits_V, top_k=99), [0.1, 0.4, 0.05, 0.25, 0.2])
+    close(sample(logits_V, top_p=0.3), [0, 1, 0, 0, 0])
+    close(sample(logits_V, top_p=0.41), np.array([0, 0.4, 0, 0.25, 0]) / 0.65)
+    close(sample(logits_V, top_p=0.64), np.array([0, 0.4, 0, 0.25, 0]) / 0.65)
+    close(sample(logits_V, top_p=0.66), np.array([0, 0.4, 0, 0.25, 0.2]) / 0.85)
+    close(sample(logits_V, top_k=3, top_p=0.75), np.array([0, 0.4, 0, 0.25, 0]) / 0.65)
+    close(sample(logits_V, temperature=0.5), oracles.softmax((2.0 * logits_V).tolist()))
+    close(sample(np.zeros(4), top_k=2), [0.5, 0.5, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-8, 1e-40, 1e-60, 1e-310])
+def test_tiny_temperatures_approach_the_greedy_choice_without_overflow(dtype, temperature):
+    logits_V = np.array([1.0, 3.0, -2.0, 2.5], dtype)
+    close(generation.sampling_probabilities(logits_V, temperature=temperature), [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "knobs", "words"),
+    [
+        ([], {}, "at least one token"),
+        (np.zeros(0, int), {}, "at least one token"),
+        ([0, V], {}, f"from 0 to {V - 1}"),
+        ([-1], {}, f"from 0 to {V - 1}"),
+        ([0], {"temperature": -0.1}, "temperature"),
+        ([0], {"temperature": math.inf}, "temperature"),
+        ([0], {"temperature": math.nan}, "temperature"),
+        ([0], {"top_k": 0}, "top_k"),
+        ([0], {"top_p": 0.0}, "top_p"),
+        ([0], {"top_p": 1.5}, "top_p"),
+    ],
+)
+def test_generation_refuses_what_cannot_work(prompt, knobs, words):
+    cfg = config()
+    with pytest.raises(ValueError, match=words):
+        list(generation.generate(prompt, draw(0, cfg), cfg, 2, rng=0, **knobs))
