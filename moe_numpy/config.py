@@ -267,7 +267,7 @@ class ModelConfig:
             inside = set(self.moe_layers) <= set(range(self.layers))
             fine = inside and 0 < len(self.moe_layers) == len(set(self.moe_layers))
             _require(fine, who, rule, self.moe_layers, "Count the layers from 0.")
-        if all(self.is_moe(layer) for layer in range(self.layers)):
+        if self.moe_count == self.layers:
             rule = "hidden is for dense layers, and every layer is a MoE layer"
             _require(self.hidden is None, who, rule, self.hidden, "Set moe.hidden instead.")
         else:
@@ -281,6 +281,11 @@ class ModelConfig:
     def is_moe(self, layer: int) -> bool:
         """Tell whether the layer of that index has experts."""
         return self.moe is not None and (self.moe_layers is None or layer in self.moe_layers)
+
+    @property
+    def moe_count(self) -> int:
+        """Number of layers with experts."""
+        return sum(self.is_moe(layer) for layer in range(self.layers))
 
     def evaluation(self) -> ModelConfig:
         """Return the model as it is evaluated: no layer limits its experts."""

@@ -136,15 +136,16 @@ def test_the_model_adds_up_the_balance_terms_of_its_layers():
     token_BT = np.random.default_rng(0).integers(0, V, (2, T))
     loss, report, _ = model.loss_forward(token_BT, token_BT, params, cfg)
     close(loss, report.cross_entropy + report.aux)
-    x_BTC, total = params.token_VC[token_BT] + params.position_TC, 0.0
+    stream, total = params.token_VC[token_BT] + params.position_TC, 0.0
     for block in params.blocks:
-        rows = [[oracles.attend(np.array(seen), t, block.attention, False)[0] for t in range(T)]
-                for seen in ([oracles.normalize(x, block.norm_1) for x in b] for b in x_BTC.tolist())]  # fmt: skip
-        x_BTC = x_BTC + np.array(rows)
-        seen = [oracles.normalize(x, block.norm_2) for x in x_BTC.reshape(-1, 8).tolist()]
-        found = oracles.moe_layer(np.array(seen), block.feed, cfg.moe)
+        for x_TC in stream:  # one sequence after the other
+            seen = np.array([oracles.normalize(x, block.norm_1) for x in x_TC.tolist()])
+            x_TC += [oracles.attend(seen, t, block.attention, rotary=False)[0] for t in range(T)]
+        rows = stream.reshape(-1, cfg.width)  # the experts see the tokens of both
+        seen = np.array([oracles.normalize(x, block.norm_2) for x in rows.tolist()])
+        found = oracles.moe_layer(seen, block.feed, cfg.moe)
+        rows += found.y
         total += found.aux
-        x_BTC = x_BTC + np.array(found.y).reshape(x_BTC.shape)
     close(report.aux, total, 1e-11)
 
 
@@ -297,14 +298,16 @@ def greedy(prompt, params, cfg, tokens):
 @pytest.mark.parametrize("context", [1, 2, 7])
 def test_greedy_generation_is_that_of_full_forwards_even_beyond_the_context(positions, context):
     experts = MoEConfig(num_experts=3, top_k=1, hidden=5, capacity=Capacity(factor=0.5))
-    cfg = config(positions=positions, moe=experts, context=context)
+    cfg = config(positions=positions, moe=experts, context=context, tied=False)
+    seen = set()
     for seed, prompt in enumerate([[3], [1, 2, 3], [5] * 9]):
         params = draw(seed, cfg)
         wanted = greedy(prompt, params, cfg, 20)
         cold = list(generation.generate(prompt, params, cfg, 20, rng=1, temperature=0))
         assert cold == wanted
         assert cold == list(generation.generate(prompt, params, cfg, 20, rng=2, top_k=1))
-        assert len(set(wanted)) > 1 or context == 1
+        seen |= set(wanted)
+    assert len(seen) >= 3, "the models are too monotonous to tell anything"
 
 
 def test_generation_keeps_yielding_known_tokens_and_the_seed_decides():

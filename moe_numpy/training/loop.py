@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_numpy import config, progress
-from moe_numpy.backend import to_device, to_host, xp
+from moe_numpy import config, progress, tree
+from moe_numpy.backend import to_device, to_host_together, xp
 from moe_numpy.config import ModelConfig, TrainingConfig
 from moe_numpy.moe import balance
 from moe_numpy.training import checkpoint, data, optimizer
@@ -148,18 +148,19 @@ def evaluate(
     """Measure the loss over consecutive windows of `ids`, without noise and without limits."""
     cfg = cfg.evaluation()
     token_NT, target_NT = data.windows(ids, cfg.context)
-    total, wished, decisive = 0.0, 0, 0.0
+    experts = cfg.moe.num_experts if cfg.moe else 0
+    total, wished = 0.0, np.zeros((cfg.moe_count, experts))
+    decisive = np.zeros(cfg.moe_count)
     for start in range(0, len(token_NT), batch):
         token_BT = to_device(token_NT[start : start + batch])
         target_BT = to_device(target_NT[start : start + batch])
         _, report, _ = model.loss_forward(token_BT, target_BT, params, cfg)
+        report = tree.from_leaves(report, to_host_together(tree.leaves(report)))
         total += float(report.cross_entropy) * len(token_BT)
         if report.layers:
             wished = wished + _stack(report, "wished_E")
             decisive = decisive + _stack(report, "decisiveness") * len(token_BT)
-    if isinstance(wished, int):
-        wished, decisive = np.zeros((0, 0), int), np.zeros(0)
-    return Evaluation(total / len(token_NT), wished, decisive / len(token_NT))
+    return Evaluation(total / len(token_NT), wished.astype(int), decisive / len(token_NT))
 
 
 def save_run(path: str | Path, run: Run) -> None:
@@ -224,13 +225,14 @@ def _take_step(run: Run) -> None:
     )
     noise = model.draw_noise(run.noise_rng, cfg, token_BT.size, dtype)
     with np.errstate(over="ignore", invalid="ignore"):  # what matters is checked and explained
-        loss, report, cache = model.loss_forward(
+        _, report, cache = model.loss_forward(
             to_device(token_BT), to_device(target_BT), run.params, cfg, noise, training.smoothing
         )
-        _require_finite("loss", float(loss), run)
         grads = model.loss_backward(xp.ones((), dtype), cache)
-        norm = optimizer.gradient_norm(grads)
-        _require_finite("gradient norm", norm, run)
+        *facts, norm = to_host_together([*tree.leaves(report), optimizer.gradient_norm(grads)])
+    report, norm = tree.from_leaves(report, facts), float(norm)
+    _require_finite("loss", float(report.cross_entropy + report.aux), run)
+    _require_finite("gradient norm", norm, run)
     scale = 1.0 if training.clip is None else min(1.0, training.clip / max(norm, 1e-12))
     rate = training.rate_at(step)
     optimizer.update(run.params, grads, run.state, training.optimizer, step, rate, scale)
@@ -243,30 +245,29 @@ def _take_step(run: Run) -> None:
 def _move_biases(run: Run, report: model.LossReport) -> None:
     feeds = [block.feed for layer, block in enumerate(run.params.blocks) if run.cfg.is_moe(layer)]
     for feed, layer in zip(feeds, report.layers, strict=True):
-        bias_E = feed.router.bias_E
-        bias_E[:] = balance.updated_bias(bias_E, layer.wished_E, run.cfg.moe.bias_rate)
+        bias_E, load_E = feed.router.bias_E, to_device(layer.wished_E)
+        bias_E[:] = balance.updated_bias(bias_E, load_E, run.cfg.moe.bias_rate)
 
 
 def _note(series: Series, step: int, report: model.LossReport, rate: float, norm: float) -> None:
-    series.cross_entropy[step] = float(report.cross_entropy)
-    series.aux[step] = float(report.aux)
+    series.cross_entropy[step] = report.cross_entropy
+    series.aux[step] = report.aux
     series.rate[step] = rate
     series.norm[step] = norm
     if report.layers:
         series.wished[step] = _stack(report, "wished_E")
         series.load[step] = _stack(report, "load_E")
-        series.dropped[step] = [layer.dropped for layer in report.layers]
+        series.dropped[step] = _stack(report, "dropped")
         series.decisiveness[step] = _stack(report, "decisiveness")
         series.entropy[step] = _stack(report, "gate_entropy")
 
 
 def _stack(report: model.LossReport, field: str) -> np.ndarray:
-    return np.stack([to_host(getattr(layer, field)) for layer in report.layers])
+    return np.stack([getattr(layer, field) for layer in report.layers])
 
 
 def _empty_series(cfg: ModelConfig, steps: int) -> Series:
-    layers = sum(cfg.is_moe(layer) for layer in range(cfg.layers))
-    experts = cfg.moe.num_experts if cfg.moe else 0
+    layers, experts = cfg.moe_count, cfg.moe.num_experts if cfg.moe else 0
     one, per_layer = np.full(steps, np.nan), np.full((steps, layers), np.nan)
     counts = np.zeros((steps, layers, experts), np.int64)
     return Series(

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from moe_numpy import tree
-from moe_numpy.backend import Array, to_host, xp
+from moe_numpy.backend import Array, xp
 from moe_numpy.config import SGD, AdamW
 
 BLOCK = 32_768  # numbers updated at a time: their temporaries stay in the cache
@@ -33,10 +33,9 @@ def init_state(params: tree.Tree, cfg: AdamW | SGD) -> OptimizerState:
     return OptimizerState(tree.map(xp.zeros_like, params), second)
 
 
-def gradient_norm(grads: tree.Tree) -> float:
-    """Compute the Euclidean norm of all gradients together."""
-    squares = [xp.vdot(leaf, leaf) for leaf in tree.leaves(grads)]
-    return math.sqrt(sum(float(to_host(square)) for square in squares))
+def gradient_norm(grads: tree.Tree) -> Array:
+    """Compute the Euclidean norm of all gradients together, shape ()."""
+    return xp.sqrt(sum(xp.vdot(leaf, leaf) for leaf in tree.leaves(grads)))
 
 
 def update(

@@ -1,0 +1,201 @@
+"""Configurations say what is wrong with them, and survive the way through JSON."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+
+import pytest
+
+from moe_numpy import config as c
+
+
+def moe(**changes):
+    return c.MoEConfig(**{"num_experts": 4, "top_k": 2, "hidden": 8, **changes})
+
+
+def lm(**changes):
+    base = {"vocab_size": 11, "context": 6, "layers": 3, "width": 12, "heads": 4, "hidden": 7}
+    return c.ModelConfig(**{**base, **changes})
+
+
+BAD = [
+    (c.LearnedNoise, {"floor": 0.0}, "floor must be positive"),
+    (c.LearnedNoise, {"floor": -1.0}, "floor must be positive"),
+    (c.GaussianNoise, {"std": 0.0}, "std must be positive"),
+    (c.GaussianNoise, {"std": math.nan}, "std must be positive"),
+    (c.InputJitter, {"eps": 0.0}, "0 < eps < 1"),
+    (c.InputJitter, {"eps": 1.0}, "0 < eps < 1"),
+    (c.Capacity, {"factor": 0}, "factor must be positive and finite"),
+    (c.Capacity, {"factor": -1.0}, "factor must be positive and finite"),
+    (c.Capacity, {"factor": math.inf}, "factor must be positive and finite"),
+    (c.Capacity, {"factor": math.nan}, "factor must be positive and finite"),
+    (c.Capacity, {"overflow": "queue"}, "overflow must be one of"),
+    (c.Capacity, {"priority": "random"}, "priority must be one of"),
+    (c.Capacity, {"rounding": "up"}, "rounding must be one of"),
+    (c.Capacity, {"minimum": -1}, "minimum must"),
+    (c.Capacity, {"minimum": 2.5}, "minimum must"),
+    (c.SwitchLoss, {"weight": 0.0}, "weight must be positive"),
+    (c.ImportanceLoss, {"weight": -0.1}, "weight must be positive"),
+    (c.LoadLoss, {"weight": 0.0}, "weight must be positive"),
+    (c.ZLoss, {"weight": math.nan}, "weight must be positive"),
+    (moe, {"num_experts": 0}, "num_experts must be a whole number"),
+    (moe, {"num_experts": 2.0}, "num_experts must be a whole number"),
+    (moe, {"num_experts": True}, "num_experts must be a whole number"),
+    (moe, {"top_k": 0}, "top_k must be a whole number"),
+    (moe, {"top_k": 5}, "1 <= top_k <= num_experts (4)"),
+    (moe, {"hidden": 0}, "hidden must be a whole number"),
+    (moe, {"activation": "tanh"}, "activation must be one of"),
+    (moe, {"gate_weights": "softmax"}, "gate_weights must be one of"),
+    (moe, {"bias_rate": -0.001}, "bias_rate must not be negative"),
+    (moe, {"balance": (c.ZLoss(), c.ZLoss())}, "each balance term may come once"),
+    (moe, {"balance": (c.LoadLoss(),), "noise": None}, "LoadLoss needs normal noise"),
+    (moe, {"balance": (c.LoadLoss(),), "noise": c.InputJitter()}, "LoadLoss needs normal noise"),
+    (
+        moe,
+        {"balance": (c.LoadLoss(),), "noise": c.LearnedNoise(), "top_k": 4},
+        "LoadLoss needs top_k < num_experts",
+    ),
+    *(
+        (lm, {name: value}, f"{name} must be a whole number")
+        for name in ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "hidden")
+        for value in (0, -3, 1.5)
+    ),
+    (lm, {"hidden": None}, "hidden must be a whole number"),
+    (lm, {"width": 10}, "width must be a multiple of heads (4)"),
+    (lm, {"kv_heads": 3}, "kv_heads must divide heads (4)"),
+    (lm, {"kv_heads": 8}, "kv_heads must divide heads (4)"),
+    (lm, {"activation": "elu"}, "activation must be one of"),
+    (lm, {"norm": "batchnorm"}, "norm must be one of"),
+    (lm, {"positions": "sinus"}, "positions must be one of"),
+    (lm, {"positions": "rotary"}, "even head width"),  # 12 / 4 = 3
+    (lm, {"moe_layers": (0,)}, "moe_layers needs moe"),
+    (lm, {"moe": moe(), "moe_layers": (3,)}, "from 0 to 2"),
+    (lm, {"moe": moe(), "moe_layers": (-1,)}, "from 0 to 2"),
+    (lm, {"moe": moe(), "moe_layers": (1, 1)}, "from 0 to 2"),
+    (lm, {"moe": moe(), "moe_layers": ()}, "from 0 to 2"),
+    (lm, {"moe": moe(), "hidden": 7}, "hidden is for dense layers"),
+    (lm, {"moe": moe(), "moe_layers": (0, 1, 2), "hidden": 7}, "hidden is for dense layers"),
+    (c.AdamW, {"beta1": 1.0}, "0 <= beta1 < 1"),
+    (c.AdamW, {"beta2": -0.1}, "0 <= beta2 < 1"),
+    (c.AdamW, {"eps": 0.0}, "eps must be positive"),
+    (c.AdamW, {"weight_decay": -1.0}, "weight_decay must not be negative"),
+    (c.SGD, {"momentum": 1.0}, "0 <= momentum < 1"),
+    (c.SGD, {"weight_decay": -1.0}, "weight_decay must not be negative"),
+    (c.TrainingConfig, {"steps": 0}, "steps must be a whole number"),
+    (c.TrainingConfig, {"batch": 0}, "batch must be a whole number"),
+    (c.TrainingConfig, {"rate": 0.0}, "rate must be positive"),
+    (c.TrainingConfig, {"rate": math.inf}, "rate must be positive"),
+    (c.TrainingConfig, {"final_rate": -1.0}, "final_rate must not be negative"),
+    (c.TrainingConfig, {"warmup": -1}, "warmup must"),
+    (c.TrainingConfig, {"seed": -1}, "seed must"),
+    (c.TrainingConfig, {"clip": 0.0}, "clip must be positive"),
+    (c.TrainingConfig, {"smoothing": 1.0}, "0 <= smoothing < 1"),
+]
+
+
+CAME = {"each balance term may come once": "ZLoss", "even head width": 3}
+
+
+@pytest.mark.parametrize(("build", "knobs", "rule"), BAD)
+def test_a_bad_value_is_refused_with_who_which_rule_and_what_came(build, knobs, rule):
+    who = {moe: "MoEConfig", lm: "ModelConfig"}.get(build, getattr(build, "__name__", ""))
+    with pytest.raises(ValueError, match=re.escape(rule)) as caught:
+        build(**knobs)
+    message = str(caught.value)
+    assert message.startswith(f"{who}: ")
+    came = CAME.get(rule, list(knobs.values())[-1])  # the culprit stands last
+    assert str(came) in message.split(", got ", 1)[1], message
+
+
+GOOD = [
+    c.LearnedNoise(floor=0.1),
+    c.GaussianNoise(std=0.3),
+    c.InputJitter(),
+    c.Capacity(factor=2.0, overflow="next_best", priority="score", rounding="round", minimum=4),
+    c.SwitchLoss(),
+    c.ImportanceLoss(),
+    c.LoadLoss(),
+    c.ZLoss(weight=0.5),
+    moe(),
+    moe(top_k=1, gate_weights="renormalized", activation="swiglu", bias_rate=0.1),
+    moe(noise=c.LearnedNoise(), capacity=c.Capacity(), balance=(c.LoadLoss(), c.ZLoss())),
+    lm(),
+    lm(moe=moe(capacity=c.Capacity()), hidden=None, kv_heads=2, tied=False, norm="rmsnorm"),
+    lm(moe=moe(balance=(c.SwitchLoss(),)), moe_layers=(0, 2), width=16, positions="rotary"),
+    c.AdamW(weight_decay=0.0),
+    c.SGD(momentum=0.0),
+    c.TrainingConfig(),
+    c.TrainingConfig(optimizer=c.SGD(), clip=None, smoothing=0.1, seed=3),
+]
+
+
+@pytest.mark.parametrize("cfg", GOOD)
+def test_a_configuration_survives_the_way_through_json(cfg):
+    data = json.loads(json.dumps(c.to_dict(cfg)))
+    assert data["kind"] == type(cfg).__name__
+    again = c.from_dict(data)
+    assert again == cfg
+    assert type(again) is type(cfg)
+    assert hash(again) == hash(cfg)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"factor": 1.0},
+        {"kind": "Router"},
+        {"kind": "Capacity", "colour": "red"},
+        {"kind": "MoEConfig", "top_k": 1},
+        {"kind": "MoEConfig", "num_experts": 2, "top_k": 3, "hidden": 4},
+        {"kind": ["Capacity"]},
+    ],
+)
+def test_what_is_no_configuration_is_refused(data):
+    with pytest.raises(ValueError, match=r"from_dict|MoEConfig"):
+        c.from_dict(data)
+
+
+@pytest.mark.parametrize("cfg", GOOD)
+def test_configurations_are_frozen(cfg):
+    name = dataclasses.fields(cfg)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(cfg, name, 1)
+
+
+def test_gates_are_renormalized_by_default_unless_there_is_only_one():
+    assert not moe(top_k=1).renormalized
+    assert moe(top_k=2).renormalized
+    assert moe(top_k=1, gate_weights="renormalized").renormalized
+    assert not moe(top_k=2, gate_weights="raw").renormalized
+
+
+def test_evaluation_lifts_the_limits_and_keeps_the_rest():
+    limited = moe(capacity=c.Capacity(), noise=c.GaussianNoise(), balance=(c.ZLoss(),))
+    assert limited.evaluation() == dataclasses.replace(limited, capacity=None)
+    model = lm(moe=limited, hidden=None)
+    assert model.evaluation() == dataclasses.replace(model, moe=limited.evaluation())
+    assert lm().evaluation() == lm()
+
+
+def test_derived_sizes():
+    assert lm().head_width == 3
+    assert [lm(moe=moe(), moe_layers=(1,)).is_moe(i) for i in range(3)] == [False, True, False]
+    assert all(lm(moe=moe(), hidden=None).is_moe(i) for i in range(3))
+    assert not lm().is_moe(0)
+    assert moe(activation="geglu").gated
+    assert not moe().gated
+
+
+def test_the_learning_rate_rises_then_falls_along_a_cosine():
+    cfg = c.TrainingConfig(steps=100, warmup=10, rate=2.0, final_rate=0.5)
+    rates = [cfg.rate_at(step) for step in range(101)]
+    assert all(a < b for a, b in itertools.pairwise(rates[:11]))
+    assert 0.0 < rates[0] <= 0.2 + 1e-12
+    assert rates[10] == 2.0
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[55] == pytest.approx(1.25)
+    assert rates[100] == pytest.approx(0.5)
+    assert cfg.rate_at(500) == pytest.approx(0.5)
