@@ -47,6 +47,11 @@ def to_host(x: Any) -> np.ndarray:
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
+def on_host(x: Any) -> bool:
+    """Tell whether an array lies on the host, where looking at a value costs nothing."""
+    return isinstance(x, np.ndarray)
+
+
 def to_host_together(arrays: list[Any]) -> list[np.ndarray]:
     """Bring arrays and numbers to the host in one crossing, which is what costs; as float64."""
     device = [xp.asarray(array, dtype="float64") for array in arrays]

@@ -26,7 +26,7 @@ EXPERTS = MoEConfig(num_experts=3, top_k=2, hidden=5)
 
 
 def config(**changes):
-    knobs = {"vocab_size": V, "context": T, "layers": 2, "width": 8, "heads": 4, **changes}
+    knobs = {"vocab_size": V, "context": T, "layers": 2, "width": 16, "heads": 4, **changes}
     if knobs.get("moe") is None or knobs.get("moe_layers") is not None:
         knobs.setdefault("hidden", 6)
     return ModelConfig(**knobs)
@@ -60,7 +60,7 @@ def test_attention_agrees_with_the_judge_at_every_position_and_head(positions, g
     cfg = config(positions=positions, kv_heads=groups)
     rng = np.random.default_rng(0)
     params = draw(1, cfg).blocks[0].attention
-    x_BTC = rng.standard_normal((2, T, 8))
+    x_BTC = rng.standard_normal((2, T, 16))
     y_BTC, cache = attention.attention_forward(x_BTC, params, cfg)
     a_BHTS = cache[2][0]
     assert a_BHTS.shape == (2, 4, T, T)
@@ -350,6 +350,18 @@ def test_sampling_keeps_exactly_what_temperature_top_k_and_top_p_say():
     close(sample(logits_V, top_k=3, top_p=0.75), np.array([0, 0.4, 0, 0.25, 0]) / 0.65)
     close(sample(logits_V, temperature=0.5), oracles.softmax((2.0 * logits_V).tolist()))
     close(sample(np.zeros(4), top_k=2), [0.5, 0.5, 0, 0])
+
+
+def test_top_p_keeps_no_token_more_than_it_takes_to_reach_p_exactly():
+    sample = generation.sampling_probabilities
+    close(sample(np.zeros(4), top_p=0.5), [0.5, 0.5, 0, 0])
+    close(sample(np.zeros(4), top_p=0.25), [1, 0, 0, 0])
+
+
+def test_top_p_is_not_misled_by_rounding():
+    # Fifty tokens of 0.02 each: two of them reach 0.04, although 0.06 - 0.02 < 0.04 in binary.
+    kept = generation.sampling_probabilities(np.zeros(50), top_p=0.04)
+    assert np.count_nonzero(kept) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

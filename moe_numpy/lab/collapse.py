@@ -47,7 +47,7 @@ class Study:
     heads: int = 4
     context: int = 64
     batch: int = 12
-    steps: int = 400
+    steps: int = 300
     rate: float = 1e-3
     seeds: tuple[int, ...] = (0, 1, 2, 3)
 
@@ -158,7 +158,7 @@ def run_one(study: Study, condition: str, seed: int) -> dict[str, Any]:
     corpus = data.default_corpus()
     cfg = study.model(study.conditions()[condition], corpus.vocab_size)
     run = loop.new_run(corpus, cfg, study.training(seed))
-    loop.train(run, show_progress=False, on_step=_count_step)
+    loop.train(run, evaluate_every=study.steps, show_progress=False, on_step=_count_step)
     return measure(run)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moe_numpy import files
 
@@ -35,6 +35,7 @@ def plot_river(
     ax.set(xlim=(step[0], step[-1]), ylim=(0, 1), xlabel="training step", title=title)
     ax.set_ylabel("share of the load")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
@@ -138,15 +139,23 @@ def training_figure(record: dict[str, Any]) -> Figure:
     ax.plot(step, record["series"]["training_loss"], color=GOOD, label="training (mean of steps)")
     evaluated = [(e["step"], e["loss"]) for e in record["evaluations"]]
     ax.plot(*zip(*evaluated, strict=True), "o-", color=BAD, label="validation")
+    _show_next_reference(ax, record["references"])
     draw_references(ax, record["references"], step[-1])
-    ax.set(ylabel="loss (nats per character)", title=f"Training on {record['corpus']['name']}")
+    ax.set(xlabel="training step", ylabel="loss (nats per character)")
+    ax.set_title(f"Training on {record['corpus']['name']}")
     ax.legend(fontsize=8)
     for layer in range(layers):
         plot_river(
             axes[1 + layer], step, shares[:, layer], f"MoE layer {layer + 1}: load of each expert"
         )
-    axes[-1].set_xlabel("training step")
     return figure
+
+
+def _show_next_reference(ax: Axes, references: dict[str, float]) -> None:
+    """Lower the axes to the next count model that the run has not reached yet."""
+    low, high = ax.get_ylim()
+    below = [value for value in references.values() if value < low]
+    ax.set_ylim(max(below, default=low) - 0.04 * (high - low), high)
 
 
 DRAWN_BY = {"collapse": collapse_figure, "training": training_figure}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_numpy.backend import Array, Cache, xp
+from moe_numpy.backend import Array, Cache, on_host, xp
 
 
 def linear_forward(x: Array, w: Array, b: Array | None = None) -> tuple[Array, Cache]:
@@ -73,10 +73,13 @@ def embedding_backward(dy: Array, cache: Cache) -> Array:
 
 
 def check_vocabulary(who: str, token: Array, vocab_size: int) -> None:
-    """Refuse tokens that are not integers from 0 to vocab_size - 1."""
+    """Refuse tokens that are not integers from 0 to vocab_size - 1.
+
+    The values are looked at on the host only: on a GPU the look would wait for all work before it.
+    """
     if token.dtype.kind not in "iu":
         raise ValueError(f"{who}: tokens must be integers, got {token.dtype}. Encode the text.")
-    if token.size and not (0 <= int(token.min()) and int(token.max()) < vocab_size):
+    if token.size and on_host(token) and not (0 <= int(token.min()) and int(token.max()) < vocab_size):
         raise ValueError(
             f"{who}: tokens must be from 0 to {vocab_size - 1} (vocabulary of {vocab_size}), got "
             f"{int(token.min())} to {int(token.max())}. Encode the text with the model's alphabet."
