@@ -19,6 +19,10 @@ import numpy as np
 Array = Any  # numpy.ndarray, or cupy.ndarray inside use_backend("cupy")
 Cache = tuple
 
+class BackendError(ValueError):
+    """The array library that was asked for is not to be had on this machine."""
+
+
 xp = types.ModuleType("xp", "The array library in use; see use_backend.")
 vars(xp).update(vars(np))
 
@@ -27,7 +31,8 @@ vars(xp).update(vars(np))
 def use_backend(name: str) -> Iterator[types.ModuleType]:
     """Let every pair compute with "numpy" or "cupy" inside the block; restore the former after it.
 
-    Raises     ValueError if the name is unknown, CuPy is not installed, or it finds no GPU
+    Raises     ValueError if the name is unknown; BackendError if CuPy is not installed or finds no
+               GPU
     """
     before = dict(vars(xp))
     _fill(vars(_library(name)))
@@ -45,6 +50,11 @@ def to_device(x: Any, dtype: Any = None) -> Array:
 def to_host(x: Any) -> np.ndarray:
     """Bring an array of any backend back as a NumPy array."""
     return x.get() if hasattr(x, "get") else np.asarray(x)
+
+
+def few_launches() -> bool:
+    """Tell whether one large operation beats a loop of small ones, as it does on a GPU."""
+    return xp.__name__ != "numpy"
 
 
 def on_host(x: Any) -> bool:
@@ -74,13 +84,13 @@ def _library(name: str) -> types.ModuleType:
     try:
         cupy = importlib.import_module("cupy")
     except ImportError:
-        raise ValueError(
-            "use_backend: CuPy is not installed. Install cupy-cuda12x or cupy-cuda13x, "
-            "whichever fits your CUDA driver."
+        raise BackendError(
+            'use_backend: backend "cupy" needs CuPy, which is not installed. '
+            'Install it with: pip install "cupy-cuda12x" (or "cupy-cuda13x", as your driver is).'
         ) from None
     if not cupy.is_available():
-        raise ValueError(
-            "use_backend: CuPy is installed but finds no GPU. Install a CUDA driver, "
-            'or use the "numpy" backend.'
+        raise BackendError(
+            'use_backend: backend "cupy" needs a GPU, and CuPy finds none here. '
+            'Install the CUDA driver, or use backend "numpy".'
         )
     return cupy

@@ -67,7 +67,12 @@ def train(options: argparse.Namespace) -> int:
     from moe_numpy.training import loop
 
     given = settings.given(options)
-    if options.resume:
+    if options.resume is not None:
+        if options.out is not None:
+            raise ValueError(
+                f"--out must not come with --resume, got {options.out}: a run goes on in its own "
+                "folder. Leave it out."
+            )
         folder = Path(options.resume)
         run = settings.resume(folder / "checkpoint.npz", given)
     else:
@@ -112,9 +117,13 @@ def generate(options: argparse.Namespace) -> int:
     path = Path(options.checkpoint) if options.checkpoint else _newest_run(Path("runs"))
     path = path / "checkpoint.npz" if path.is_dir() else path
     params, cfg, alphabet = loop.load_model(path)
-    prompt = data.encode(options.prompt, alphabet)
+    text = options.prompt
+    if text is None:
+        text = "\n" if "\n" in alphabet else alphabet[0]
+    prompt = data.encode(text, alphabet)
     if options.tokens < 0:
         raise ValueError(f"--tokens must not be negative, got {options.tokens}. Use 200.")
+    _require_seed(options.seed)
     new = generation.generate(
         prompt,
         params,
@@ -126,10 +135,10 @@ def generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
     )
     if options.json:
-        text = "".join(alphabet[token] for token in new)
-        print(json.dumps({"checkpoint": str(path), "prompt": options.prompt, "text": text}))
+        written = "".join(alphabet[token] for token in new)
+        print(json.dumps({"checkpoint": str(path), "prompt": text, "text": written}))
         return 0
-    print(options.prompt, end="", flush=True)
+    print(text, end="", flush=True)
     for token in new:
         print(alphabet[token], end="", flush=True)
     print()
@@ -140,6 +149,7 @@ def check(options: argparse.Namespace) -> int:
     """Check every hand-written gradient against central differences."""
     from moe_numpy.classroom import gradcheck
 
+    _require_seed(options.seed)
     results = gradcheck.check_all(options.pairs or None, seed=options.seed)
     if options.json:
         print(json.dumps(gradcheck.to_json(results, options.seed)))
@@ -219,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(generate, "let a trained model write")
     sub.add_argument("--checkpoint", help="a run's folder or checkpoint (the newest in runs/)")
-    sub.add_argument("--prompt", default="\n", help="text to go on from (a new line)")
+    sub.add_argument("--prompt", help="text to go on from (a new line)")
     sub.add_argument("--tokens", type=int, default=300, help="characters (%(default)s)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0: most likely (%(default)s)")
     sub.add_argument("--top-k", type=int, help="only the k most likely characters (all)")
@@ -242,10 +252,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _require_seed(seed: int) -> None:
+    if seed < 0:
+        raise ValueError(f"--seed must not be negative, got {seed}. Use 0.")
 
 
 def _say(options: argparse.Namespace, text: str) -> None:

@@ -241,15 +241,14 @@ def _balance(text: str) -> tuple:
     for part in text.split(","):
         name, _, weight = part.partition("=")
         try:
-            terms.append(TERMS[name](weight=float(weight)) if weight else TERMS[name]())
-        except KeyError:
+            kind, knobs = TERMS[name], {"weight": float(weight)} if weight else {}
+        except (KeyError, ValueError):
             known = ", ".join(TERMS)
             raise ValueError(
                 f"--balance must name terms of {known} as NAME=WEIGHT, got {part!r}. "
                 "For example --balance switch=0.01,z=0.001, or --balance none."
             ) from None
-        except ValueError as error:
-            raise ValueError(f"--balance {part}: {error}") from None
+        terms.append(kind(**knobs))
     return tuple(terms)
 
 

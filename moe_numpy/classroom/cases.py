@@ -344,6 +344,7 @@ CASES: dict[str, Callable[[Generator], list[Case]]] = {
     "dispatch": _dispatch,
     "combine": _combine,
     "grouped_linear": _grouped_linear,
+    "padded_linear": _grouped_linear,
     "experts": _experts,
     "switch_loss": _switch_loss,
     "importance": _importance,

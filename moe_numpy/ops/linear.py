@@ -79,10 +79,13 @@ def check_vocabulary(who: str, token: Array, vocab_size: int) -> None:
     """
     if token.dtype.kind not in "iu":
         raise ValueError(f"{who}: tokens must be integers, got {token.dtype}. Encode the text.")
-    if token.size and on_host(token) and not (0 <= int(token.min()) and int(token.max()) < vocab_size):
+    if token.size == 0 or not on_host(token):
+        return
+    low, high = int(token.min()), int(token.max())
+    if low < 0 or high >= vocab_size:
         raise ValueError(
             f"{who}: tokens must be from 0 to {vocab_size - 1} (vocabulary of {vocab_size}), got "
-            f"{int(token.min())} to {int(token.max())}. Encode the text with the model's alphabet."
+            f"{low} to {high}. Encode the text with the model's alphabet."
         )
 
 
