@@ -19,6 +19,7 @@ import numpy as np
 Array = Any  # numpy.ndarray, or cupy.ndarray inside use_backend("cupy")
 Cache = tuple
 
+
 class BackendError(ValueError):
     """The array library that was asked for is not to be had on this machine."""
 

@@ -84,12 +84,19 @@ def train(options: argparse.Namespace) -> int:
             )
         run = settings.start(given)
         files.require_folder(folder)
+    for name in ("save_every", "evaluate_every"):  # a run that goes on keeps its pace
+        run.settings[name] = getattr(options, name) or run.settings.get(name)
     references = _references(run.corpus)
     _say(options, settings.describe(run))
     _say(options, "Reference losses: " + _reference_line(references))
     started = time.perf_counter()
     try:
-        loop.train(run, folder / "checkpoint.npz", options.save_every, options.evaluate_every)
+        loop.train(
+            run,
+            folder / "checkpoint.npz",
+            run.settings["save_every"] or 100,
+            run.settings["evaluate_every"],
+        )
     except KeyboardInterrupt:
         print(
             f"Stopped after step {run.step} of {run.training.steps}. "
@@ -177,7 +184,14 @@ def figures(options: argparse.Namespace) -> int:
             "Run a study first: python -m moe_numpy collapse."
         )
     for path in records:
-        figure = plots.draw(files.read_json(path), path)
+        record = files.read_json(path)
+        try:
+            figure = plots.draw(record, path)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"figures: {path} must be a whole record, got one that lacks something "
+                f"({error!r}). Move it away or make it anew."
+            ) from None
         plots.save(figure, path.with_suffix(".png"))
         print(path.with_suffix(".png"))
     return 0
@@ -223,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_options(sub)
     sub.add_argument("--out", help="folder for checkpoint, record and picture (runs/1, runs/2, ..)")
     sub.add_argument("--resume", metavar="FOLDER", help="go on with the run of that folder")
-    sub.add_argument("--save-every", type=_positive, default=100, help="steps (%(default)s)")
+    sub.add_argument("--save-every", type=_positive, help="steps (100)")
     sub.add_argument("--evaluate-every", type=_positive, help="steps (a quarter of the run)")
     sub.add_argument("--json", action="store_true", help="print the record of the run")
 

@@ -25,9 +25,14 @@ def _one_of(who: str, name: str, came: Any, allowed: tuple) -> None:
     _require(came in allowed, who, f"{name} must be one of {choices}", repr(came), "")
 
 
-def _positive_integer(who: str, name: str, came: Any) -> None:
-    fine = isinstance(came, int) and not isinstance(came, bool) and came >= 1
-    _require(fine, who, f"{name} must be a whole number of at least 1", repr(came), "")
+def _whole_number(who: str, name: str, came: Any, least: int) -> None:
+    fine = isinstance(came, int) and not isinstance(came, bool) and came >= least
+    _require(fine, who, f"{name} must be a whole number of at least {least}", repr(came), "")
+
+
+def _a(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
+    names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    _require(isinstance(came, kinds), who, f"{name} must be {names}", repr(came), "")
 
 
 def _not_negative(who: str, name: str, came: Any) -> None:
@@ -108,11 +113,12 @@ class Capacity:
         _one_of("Capacity", "overflow", self.overflow, ("drop", "next_best"))
         _one_of("Capacity", "priority", self.priority, ("token", "choice", "score"))
         _one_of("Capacity", "rounding", self.rounding, ("ceil", "floor", "round"))
-        _not_negative("Capacity", "minimum", self.minimum)
+        _whole_number("Capacity", "minimum", self.minimum, 0)
 
     def places(self, tokens: int, top_k: int, num_experts: int) -> int:
         """Count the places of one expert for a batch of `tokens` (unit: choices)."""
-        wanted = round(self.factor * top_k * tokens / num_experts, 6)  # 1.1 * 10 is 11, not 12
+        exact = self.factor * top_k * tokens / num_experts
+        wanted = float(f"{exact:.12g}")  # 1.1 * 10 is 11, not a little more
         rounded = {"ceil": math.ceil, "floor": math.floor, "round": round}[self.rounding](wanted)
         return max(rounded, self.minimum)
 
@@ -180,9 +186,8 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         who = "MoEConfig"
-        _positive_integer(who, "num_experts", self.num_experts)
-        _positive_integer(who, "top_k", self.top_k)
-        _positive_integer(who, "hidden", self.hidden)
+        for name in ("num_experts", "top_k", "hidden"):
+            _whole_number(who, name, getattr(self, name), 1)
         _require(
             self.top_k <= self.num_experts,
             who,
@@ -193,14 +198,28 @@ class MoEConfig:
         _one_of(who, "activation", self.activation, ACTIVATIONS)
         _one_of(who, "gate_weights", self.gate_weights, (None, "raw", "renormalized"))
         _not_negative(who, "bias_rate", self.bias_rate)
-        kinds = [type(term).__name__ for term in self.balance]
-        _require(len(set(kinds)) == len(kinds), who, "each balance term may come once", kinds, "")
-        if any(isinstance(term, LoadLoss) for term in self.balance):
-            fine = isinstance(self.noise, LearnedNoise | GaussianNoise)
-            rule = "LoadLoss needs normal noise on the logits, or its gradient is zero"
-            _require(fine, who, rule, self.noise, "Add LearnedNoise() or GaussianNoise().")
-            rule = "LoadLoss needs top_k < num_experts: otherwise every expert gets every token"
-            _require(self.top_k < self.num_experts, who, rule, self.top_k, "Lower top_k.")
+        _a(who, "noise", self.noise, (LearnedNoise, GaussianNoise, InputJitter, type(None)))
+        _a(who, "capacity", self.capacity, (Capacity, type(None)))
+        _a(who, "balance", self.balance, (tuple,))
+        for term in self.balance:
+            _a(who, "balance", term, (SwitchLoss, ImportanceLoss, LoadLoss, ZLoss))
+        kinds = {type(term): term for term in self.balance}
+        rule = "each kind of balance term may come once"
+        _require(len(kinds) == len(self.balance), who, rule, self.balance, "Add up their weights.")
+        if LoadLoss in kinds:
+            self._check_load_loss(who)
+        if ImportanceLoss in kinds and self.top_k == 1:
+            rule = "ImportanceLoss with top_k = 1 needs raw gates: renormalized ones are all 1"
+            _require(not self.renormalized, who, rule, self.gate_weights, 'Use "raw".')
+
+    def _check_load_loss(self, who: str) -> None:
+        fine = isinstance(self.noise, LearnedNoise | GaussianNoise)
+        rule = "LoadLoss needs normal noise on the logits, or its gradient is zero"
+        _require(fine, who, rule, self.noise, "Add LearnedNoise() or GaussianNoise().")
+        rule = "LoadLoss needs top_k < num_experts: otherwise every expert gets every token"
+        _require(self.top_k < self.num_experts, who, rule, self.top_k, "Lower top_k.")
+        rule = "LoadLoss needs bias_rate = 0: its estimate does not know the selection bias"
+        _require(not self.bias_rate, who, rule, self.bias_rate, "Balance by one of them.")
 
     @property
     def renormalized(self) -> bool:
@@ -222,6 +241,7 @@ class ModelConfig:
     """A decoder-only transformer; ``moe=None`` is its dense twin.
 
     hidden      width of the dense feed-forward; None where every layer is a MoE layer.
+    activation  of the dense feed-forward; None for "gelu_tanh", or where all layers have experts.
     kv_heads    key/value heads shared by groups of query heads; None: as many as query heads.
     moe_layers  indices of the layers that are MoE layers; None: all of them.
     tied        whether the embedding is used again as the output head.
@@ -234,7 +254,7 @@ class ModelConfig:
     heads: int
     kv_heads: int | None = None
     hidden: int | None = None
-    activation: str = "gelu_tanh"
+    activation: str | None = None
     norm: str = "layernorm"
     positions: str = "learned"
     tied: bool = True
@@ -244,14 +264,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         who = "ModelConfig"
         for name in ("vocab_size", "context", "layers", "width", "heads"):
-            _positive_integer(who, name, getattr(self, name))
+            _whole_number(who, name, getattr(self, name), 1)
         rule = f"width must be a multiple of heads ({self.heads})"
         _require(self.width % self.heads == 0, who, rule, self.width, "Change either.")
         if self.kv_heads is not None:
-            _positive_integer(who, "kv_heads", self.kv_heads)
+            _whole_number(who, "kv_heads", self.kv_heads, 1)
             rule = f"kv_heads must divide heads ({self.heads})"
             _require(self.heads % self.kv_heads == 0, who, rule, self.kv_heads, "Change either.")
-        _one_of(who, "activation", self.activation, ACTIVATIONS)
+        _one_of(who, "activation", self.activation, (None, *ACTIVATIONS))
+        _a(who, "moe", self.moe, (MoEConfig, type(None)))
         _one_of(who, "norm", self.norm, ("layernorm", "rmsnorm"))
         _one_of(who, "positions", self.positions, ("learned", "rotary"))
         if self.positions == "rotary":
@@ -270,8 +291,16 @@ class ModelConfig:
         if self.moe_count == self.layers:
             rule = "hidden is for dense layers, and every layer is a MoE layer"
             _require(self.hidden is None, who, rule, self.hidden, "Set moe.hidden instead.")
+            rule = "activation is for dense layers, and every layer is a MoE layer"
+            fine = self.activation is None
+            _require(fine, who, rule, repr(self.activation), "Set moe.activation instead.")
         else:
-            _positive_integer(who, "hidden", self.hidden)
+            _whole_number(who, "hidden", self.hidden, 1)
+
+    @property
+    def dense_activation(self) -> str:
+        """Activation of the dense layers."""
+        return self.activation or "gelu_tanh"
 
     @property
     def head_width(self) -> int:
@@ -344,12 +373,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         who = "TrainingConfig"
-        _positive_integer(who, "steps", self.steps)
-        _positive_integer(who, "batch", self.batch)
+        for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
+            _whole_number(who, name, getattr(self, name), least)
         _require(0 < self.rate < math.inf, who, "rate must be positive", self.rate, "Use 1e-3.")
         _not_negative(who, "final_rate", self.final_rate)
-        _not_negative(who, "warmup", self.warmup)
-        _not_negative(who, "seed", self.seed)
+        _a(who, "optimizer", self.optimizer, (AdamW, SGD))
         if self.clip is not None:
             _require(self.clip > 0, who, "clip must be positive", self.clip, "Or clip=None.")
         rule = "smoothing must satisfy 0 <= smoothing < 1"

@@ -201,7 +201,9 @@ def _model(chosen: dict[str, Any], vocab_size: int) -> ModelConfig:
         moe=moe,
         tied=chosen["head"] == "tied",
         **{name: chosen[name] for name in ("layers", "width", "heads", "kv_heads", "context")},
-        **{name: chosen[name] for name in ("activation", "norm", "positions")},
+        activation=None if moe else chosen["activation"],
+        norm=chosen["norm"],
+        positions=chosen["positions"],
     )
 
 

@@ -347,7 +347,7 @@ def model_logits(tokens, params, cfg):
             found = moe_layer(seen, block.feed, cfg.moe).y
         else:
             w = [None if m is None else m.tolist() for m in block.feed]
-            found = [mlp(x, *w, cfg.activation) for x in seen.tolist()]
+            found = [mlp(x, *w, cfg.dense_activation) for x in seen.tolist()]
         stream = (np.array(stream) + np.array(found)).tolist()
     head = params.token_VC.T if params.head_CV is None else params.head_CV
     return [vec_mat(normalize(x, params.norm), head.tolist()) for x in stream]

@@ -165,6 +165,8 @@ def test_ample_capacity_is_the_same_as_no_limit():
         ({"factor": 1.0, "rounding": "floor"}, 10, 1, 4, 2),
         ({"factor": 1.0, "rounding": "round"}, 11, 1, 4, 3),
         ({"factor": 1.0, "rounding": "round"}, 9, 1, 4, 2),
+        ({"factor": 1.0, "rounding": "round"}, 10, 1, 4, 2),  # a half goes to the even number
+        ({"factor": 1.0, "rounding": "round"}, 14, 1, 4, 4),
         ({"factor": 1.0, "minimum": 4}, 8, 1, 4, 4),
         ({"factor": 1e-7, "rounding": "ceil"}, 8, 1, 8, 1),
         ({"factor": 0.01, "rounding": "floor"}, 8, 1, 8, 0),

@@ -234,7 +234,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     refused(tmp_path, "truncated or foreign")
 
 
-# ----------------------------------------------------------------------------- another configuration
+# ---------------------------------------------------------------------------- another configuration
 @pytest.mark.parametrize(
     ("like", "message"),
     [
@@ -300,7 +300,7 @@ def test_a_folder_that_cannot_be_made_is_refused_by_name(below, tmp_path):
         lambda: files.require_folder(folder),
         lambda: files.write_json(folder / "x.json", 1),
     ):
-        with pytest.raises(ValueError, match="must be writable, got: .*Choose another") as error:
+        with pytest.raises(ValueError, match=r"must be writable, got: .*Choose another") as error:
             attempt()
         assert str(folder) in str(error.value)
     only(tmp_path, "file")

@@ -43,7 +43,7 @@ BAD = [
     (moe, {"noise": "learned"}, "noise must"),
     (moe, {"capacity": 1.25}, "capacity must"),
     (moe, {"balance": c.SwitchLoss()}, "balance must"),
-    (moe, {"balance": ("switch",)}, "balance must"),
+    (moe, {"balance": ("switch",)}, "balance must be SwitchLoss or"),
     (moe, {"num_experts": 0}, "num_experts must be a whole number"),
     (moe, {"num_experts": 2.0}, "num_experts must be a whole number"),
     (moe, {"num_experts": True}, "num_experts must be a whole number"),
@@ -53,13 +53,23 @@ BAD = [
     (moe, {"activation": "tanh"}, "activation must be one of"),
     (moe, {"gate_weights": "softmax"}, "gate_weights must be one of"),
     (moe, {"bias_rate": -0.001}, "bias_rate must not be negative"),
-    (moe, {"balance": (c.ZLoss(), c.ZLoss())}, "each balance term may come once"),
+    (moe, {"balance": (c.ZLoss(), c.ZLoss())}, "each kind of balance term may come once"),
     (moe, {"balance": (c.LoadLoss(),), "noise": None}, "LoadLoss needs normal noise"),
     (moe, {"balance": (c.LoadLoss(),), "noise": c.InputJitter()}, "LoadLoss needs normal noise"),
     (
         moe,
         {"balance": (c.LoadLoss(),), "noise": c.LearnedNoise(), "top_k": 4},
         "LoadLoss needs top_k < num_experts",
+    ),
+    (
+        moe,
+        {"balance": (c.LoadLoss(),), "noise": c.GaussianNoise(), "bias_rate": 0.1},
+        "LoadLoss needs bias_rate = 0",
+    ),
+    (
+        moe,
+        {"top_k": 1, "balance": (c.ImportanceLoss(),), "gate_weights": "renormalized"},
+        "ImportanceLoss with top_k = 1 needs raw gates",
     ),
     *(
         (lm, {name: value}, f"{name} must be a whole number")
@@ -80,6 +90,7 @@ BAD = [
     (lm, {"moe": moe(), "moe_layers": (1, 1)}, "from 0 to 2"),
     (lm, {"moe": moe(), "moe_layers": ()}, "from 0 to 2"),
     (lm, {"moe": moe(), "hidden": 7}, "hidden is for dense layers"),
+    (lm, {"moe": moe(), "hidden": None, "activation": "relu"}, "activation is for dense layers"),
     (lm, {"moe": moe(), "moe_layers": (0, 1, 2), "hidden": 7}, "hidden is for dense layers"),
     (c.AdamW, {"beta1": 1.0}, "0 <= beta1 < 1"),
     (c.AdamW, {"beta2": -0.1}, "0 <= beta2 < 1"),
@@ -101,7 +112,11 @@ BAD = [
 ]
 
 
-CAME = {"each balance term may come once": "ZLoss", "even head width": 3}
+CAME = {
+    "balance must be SwitchLoss or": "switch",
+    "each kind of balance term may come once": "ZLoss",
+    "even head width": 3,
+}
 
 
 @pytest.mark.parametrize(("build", "knobs", "rule"), BAD)

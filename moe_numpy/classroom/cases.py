@@ -218,10 +218,11 @@ def _moe(rng: Generator) -> list[Case]:
             (N, E),
             gate_weights="raw",
             noise=GaussianNoise(std=0.8),
-            balance=ALL_TERMS,
+            balance=(SwitchLoss(weight=0.7), ImportanceLoss(weight=0.3)),
             bias_rate=0.1,
             capacity=Capacity(overflow="next_best", priority="choice"),
         ),
+        case("fixed noise, load", (N, E), noise=GaussianNoise(std=0.8), balance=(LoadLoss(),)),
         case(
             "jitter, next best by score",
             (N, C),

@@ -187,7 +187,8 @@ def balance_forward(
         aux = sum over the terms of weight * term
 
     The Switch loss sees the choices as the router wished them, before any limit; the importance
-    sums the gates in use. Without noise (scale None) the load is a count and has no gradient.
+    sums the gates of all choices, dropped ones included. Without noise (scale None) the load is a
+    count and has no gradient.
 
     Shapes     clean_NE, noisy_NE, scale_NE, prob_NE (N, E); gate_NK (N, K);
                expert_NK, wished_NK (N, K) integers -> aux ()

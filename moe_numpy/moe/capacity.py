@@ -38,8 +38,9 @@ def make_plan(
     finds its expert full is dropped, or (overflow "next_best") moves on to the token's best expert
     that has room and that the token does not use already.
 
-    With priority "token" no place depends on a later token: the routing is causal. "choice" and
-    "score" are not.
+    With priority "token" no place depends on a later token: within a sequence the routing is
+    causal. (In a batch, all tokens of one sequence come before those of the next.) "choice" and
+    "score" are not causal.
 
     Shapes     expert_NK (N, K) integers, best first; score_NE (N, E) what they were chosen by;
                prob_NE (N, E) for the priority "score"

@@ -25,9 +25,10 @@ class ExpertParams(NamedTuple):
 def init_experts(
     rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int = 1
 ) -> ExpertParams:
-    """Draw each expert as the dense MLP is drawn: deviation 0.02, less for what joins the residual.
+    """Draw each expert as `init_mlp` draws the dense feed-forward.
 
-    `depth` is the number of residual branches that the output is added to (2 * layers).
+    What reads the stream gets deviation 1 / sqrt(width), so that hidden units start at unit size;
+    what writes into it 0.02 / sqrt(depth), where `depth` counts the residual branches (2 * layers).
     """
     E, C, F = cfg.num_experts, width, cfg.hidden
 
@@ -35,8 +36,8 @@ def init_experts(
         return to_device(rng.normal(0.0, std, shape), dtype)
 
     return ExpertParams(
-        in_ECF=draw(0.02, E, C, F),
-        up_ECF=draw(0.02, E, C, F) if cfg.gated else None,
+        in_ECF=draw(1.0 / math.sqrt(C), E, C, F),
+        up_ECF=draw(1.0 / math.sqrt(C), E, C, F) if cfg.gated else None,
         out_EFC=draw(0.02 / math.sqrt(depth), E, F, C),
     )
 

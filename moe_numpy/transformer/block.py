@@ -99,7 +99,9 @@ def block_forward(
             n_BTC.reshape(B * T, C), params.feed, cfg.moe, noise
         )
     else:
-        f_NC, feed_cache = mlp.mlp_forward(n_BTC.reshape(B * T, C), params.feed, cfg.activation)
+        f_NC, feed_cache = mlp.mlp_forward(
+            n_BTC.reshape(B * T, C), params.feed, cfg.dense_activation
+        )
         aux, report = xp.zeros((), x_BTC.dtype), None
     y_BTC = x_BTC + f_NC.reshape(B, T, C)
     is_moe = report is not None

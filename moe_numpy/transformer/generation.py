@@ -30,17 +30,17 @@ def sampling_probabilities(
     array (V,), summing to one
     """
     _check_sampling(temperature, top_k, top_p)
+    logits_V = logits_V.astype("float64")
     order = xp.argsort(-logits_V, kind="stable")
     if temperature == 0:
         top_k, temperature = 1, 1.0
-    keep = logits_V.size if top_k is None else min(top_k, logits_V.size)
-    best = order[:keep]
-    # Scores far below the best are zero either way; the bound keeps tiny temperatures finite.
-    z = xp.maximum((logits_V[best] - logits_V[best[0]]) / temperature, -1e4)
-    prob, _ = softmax.softmax_forward(z.astype("float64"))
-    before = xp.cumsum(prob) - prob
+    best = order[: logits_V.size if top_k is None else top_k]
+    below = logits_V[best] - logits_V[best[0]]
+    # The bound keeps the quotient finite at tiny temperatures; beyond it the probability is zero.
+    prob, _ = softmax.softmax_forward(xp.maximum(below, -1000.0 * temperature) / temperature)
+    before = xp.concatenate((xp.zeros(1), xp.cumsum(prob)[:-1]))
     prob = prob * (before < top_p)
-    result = xp.zeros(logits_V.size, "float64")
+    result = xp.zeros_like(logits_V)
     result[best] = prob / prob.sum()
     return result
 
@@ -55,7 +55,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
 ) -> Iterator[int]:
-    """Yield `tokens` new tokens, each drawn from the model's prediction after all before it.
+    """Return an iterator over new tokens, each drawn from the prediction after all before it.
 
     Noise is off and no expert is limited, so what is generated does not depend on how the tokens
     are grouped. When the context is full, generation goes on from its second half.
@@ -75,8 +75,18 @@ def generate(
     if not history:
         raise ValueError("generate: the prompt must hold at least one token, got none. Give one.")
     linear.check_vocabulary("generate", xp.asarray(prompt_T), cfg.vocab_size)
-    rng = default_rng(rng)
-    cfg = cfg.evaluation()
+    knobs = (temperature, top_k, top_p)
+    return _continue(history, params, cfg.evaluation(), tokens, default_rng(rng), knobs)
+
+
+def _continue(
+    history: list[int],
+    params: model.ModelParams,
+    cfg: ModelConfig,
+    tokens: int,
+    rng: Generator,
+    knobs: tuple,
+) -> Iterator[int]:
     dtype = params.token_VC.dtype
     kv, unread = None, history[-cfg.context :]
     for _ in range(tokens):
@@ -85,7 +95,7 @@ def generate(
                 unread = history[-max(1, cfg.context // 2) :]
             kv = tuple(attention.KeyValues(cfg, 1, dtype) for _ in params.blocks)
         logits_BTV, _, _, _ = model.model_forward(to_device([unread]), params, cfg, kv=kv)
-        prob_V = sampling_probabilities(logits_BTV[0, -1], temperature, top_k, top_p)
+        prob_V = sampling_probabilities(logits_BTV[0, -1], *knobs)
         cumulative_V = to_host(prob_V).cumsum()
         token = int(cumulative_V.searchsorted(rng.random() * cumulative_V[-1], "right"))
         history.append(token)

@@ -21,12 +21,16 @@ class MLPParams(NamedTuple):
 
 
 def init_mlp(rng: Generator, cfg: ModelConfig, dtype: str) -> MLPParams:
-    """Draw with deviation 0.02; less for the output, which 2 * layers residual branches share."""
+    """Draw so that hidden units start at unit size: deviation 1 / sqrt(width) (LeCun et al. 1998).
+
+    The output starts small, 0.02 / sqrt(2 * layers), as in GPT-2: so many branches are added up.
+    """
     C, F = cfg.width, cfg.hidden
-    gated = cfg.activation in GATED
+    in_std = 1.0 / math.sqrt(C)
+    gated = cfg.dense_activation in GATED
     return MLPParams(
-        in_CF=to_device(rng.normal(0.0, 0.02, (C, F)), dtype),
-        up_CF=to_device(rng.normal(0.0, 0.02, (C, F)), dtype) if gated else None,
+        in_CF=to_device(rng.normal(0.0, in_std, (C, F)), dtype),
+        up_CF=to_device(rng.normal(0.0, in_std, (C, F)), dtype) if gated else None,
         out_FC=to_device(rng.normal(0.0, 0.02 / math.sqrt(2 * cfg.layers), (F, C)), dtype),
     )
 

@@ -1,0 +1,284 @@
+"""The command line as a user meets it: what it leaves behind, and how it says no."""
+
+import functools
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from moe_numpy import commands, files
+from moe_numpy.classroom import registry
+from moe_numpy.lab import collapse
+from moe_numpy.ops import softmax
+from moe_numpy.training import checkpoint, loop
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("collapse", "train", "generate", "check", "figures")
+GREEK = "\u03b1\u03b2\u03b3 \u03b4\u03b5\U0001f600\u4e2d\u6587 "
+
+
+def run(*arguments, cwd=ROOT, timeout=120):
+    """Run the command line in a process of its own, elsewhere than in the repository."""
+    return subprocess.run(
+        [sys.executable, "-m", "moe_numpy", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
+    )
+
+
+def complaint(stderr):
+    """Leave out the progress bar; what is left must be one line without a traceback."""
+    assert "Traceback" not in stderr
+    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip()]
+    lines = [line for line in lines if not re.match(r"(train|collapse): +\d+%", line)]
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+def main(capsys, *arguments, status=0):
+    """Call the command line in this process; return what it printed on either stream."""
+    capsys.readouterr()
+    assert commands.main([str(argument) for argument in arguments]) == status
+    return capsys.readouterr()
+
+
+def png_size(path):
+    content = Path(path).read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
+    return struct.unpack(">II", content[16:24])
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text(tiny.text(), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text").write_text(tiny.text(), encoding="utf-8")
+    arguments = ["train", *tiny.FLAGS, "--text", str(folder / "text"), "--out", str(folder)]
+    assert commands.main(arguments) == 0
+    return folder
+
+
+# ------------------------------------------------------------------------------------ help, train
+def test_every_command_explains_itself():
+    assert all(command in run("--help").stdout for command in COMMANDS)
+    assert run("--version").stdout.startswith("moe_numpy 0.")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_says_what_it_does_and_what_is_the_default(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        commands.main([command, "--help"])
+    assert stop.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"usage: python -m moe_numpy {command}" in words
+    assert getattr(commands, command).__doc__.split(".")[0] in words
+
+
+def test_train_leaves_a_checkpoint_a_record_and_a_picture(elsewhere):
+    done = run("train", *tiny.FLAGS, "--text", "text", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    folder = elsewhere / "runs" / "1"
+    assert sorted(os.listdir(folder)) == ["checkpoint.npz", "training.json", "training.png"]
+    record = files.read_json(folder / "training.json")
+    assert record["steps"] == 12 and record["study"] == "training"
+    assert f"Validation loss {record['validation_loss']:.3f}" in done.stdout
+    assert min(png_size(folder / "training.png")) > 300
+    assert checkpoint.load_checkpoint(folder / "checkpoint.npz")[1]["step"] == 12
+
+
+def test_train_on_the_built_in_corpus_prints_its_record_as_json(elsewhere):
+    flags = [*tiny.FLAGS, "--steps", "2", "--evaluate-every", "2", "--out", "o"]
+    done = run("train", *flags, "--json", cwd=elsewhere)
+    record = json.loads(done.stdout)
+    assert record["checkpoint"] == str(Path("o/checkpoint.npz"))
+    assert record["corpus"]["train"] == 270_000
+    assert record["config"]["moe"]["num_experts"] == 4
+    assert record["training"]["steps"] == record["steps"] == 2
+    assert [e["step"] for e in record["evaluations"]] == [2]
+    assert {"uniform", "unigram", "2-gram"} <= record["references"].keys()
+    assert {"step", "training_loss", "share", "drop_rate"} <= record["series"].keys()
+    assert record["versions"]["numpy"] == np.__version__
+
+
+def test_runs_are_numbered_on(elsewhere, capsys):
+    for name in ("3", "old", "10"):
+        (elsewhere / "runs" / name).mkdir(parents=True)
+    main(capsys, "train", *tiny.FLAGS, "--steps", 2, "--text", "text")
+    assert (elsewhere / "runs" / "11" / "checkpoint.npz").exists()
+
+
+FLAGS = {
+    "--experts 0 --hidden 20": lambda cfg, _: (cfg.moe, cfg.hidden) == (None, 20),
+    "--noise learned": lambda cfg, _: cfg.moe.noise.floor == 0.01,
+    "--noise gaussian --noise-scale 0.5": lambda cfg, _: cfg.moe.noise.std == 0.5,
+    "--noise jitter --noise-scale 0.5": lambda cfg, _: cfg.moe.noise.eps == 0.5,
+    "--capacity 1.5": lambda cfg, _: cfg.moe.capacity.overflow == "drop",
+    "--capacity 2 --overflow next_best --priority choice": lambda cfg, _: (
+        (cfg.moe.capacity.factor, cfg.moe.capacity.priority) == (2, "choice")
+    ),
+    "--capacity 2 --overflow none": lambda cfg, _: cfg.moe.capacity is None,
+    "--balance none": lambda cfg, _: cfg.moe.balance == (),
+    "--balance z,switch=0.5": lambda cfg, _: [t.weight for t in cfg.moe.balance] == [0.001, 0.5],
+    "--bias-rate 0.1": lambda cfg, _: cfg.moe.bias_rate == 0.1,
+    "--top-k 1 --gate-weights renormalized": lambda cfg, _: cfg.moe.renormalized,
+    "--positions rotary --norm rmsnorm --head untied": lambda cfg, _: (
+        (cfg.positions, cfg.norm, cfg.tied) == ("rotary", "rmsnorm", False)
+    ),
+    "--kv-heads 1 --activation swiglu": lambda cfg, _: (cfg.kv_heads, cfg.moe.gated) == (1, True),
+    "--optimizer sgd --momentum 0.5": lambda _, training: training.optimizer.momentum == 0.5,
+    "--beta1 0.5 --weight-decay 0": lambda _, training: training.optimizer.weight_decay == 0,
+    "--clip 0 --smoothing 0.1 --seed 3": lambda _, training: (
+        (training.clip, training.smoothing, training.seed) == (None, 0.1, 3)
+    ),
+    "--dtype float64 --warmup 0 --final-rate 0": lambda _, training: training.final_rate == 0,
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_every_flag_reaches_the_configuration(flags, monkeypatch, capsys):
+    monkeypatch.setattr("moe_numpy.lab.plots.save", lambda *_: None)
+    base = tiny.FLAGS if "--experts 0" not in flags else tiny.FLAGS[:10]
+    base = [*base, "--steps", "2", "--evaluate-every", "2"]
+    main(capsys, "train", *base, *flags.split(), "--text", "text", "--out", "o")
+    found = loop.load_run("o/checkpoint.npz", commands.settings._corpus("text"))
+    assert FLAGS[flags](found.cfg, found.training)
+    assert ("float64" in flags) == (found.params.token_VC.dtype == np.float64)
+
+
+# ---------------------------------------------------------------------------------------- generate
+def test_generate_writes_from_the_newest_run_after_the_prompt(trained, capsys, elsewhere):
+    for name, age in (("1", 100), ("2", 50)):
+        target = elsewhere / "runs" / name / "checkpoint.npz"
+        target.parent.mkdir(parents=True)
+        target.write_bytes((trained / "checkpoint.npz").read_bytes())
+        os.utime(target, (age, age))
+    out = main(capsys, "generate", "--prompt", "the cat", "--tokens", 30).out
+    assert out.startswith("the cat") and len(out) == len("the cat") + 30 + 1
+    assert json.loads(main(capsys, "generate", "--tokens", 1, "--json").out)["checkpoint"] == str(
+        Path("runs/1/checkpoint.npz")
+    )
+
+
+def test_generate_obeys_seed_temperature_and_limits(trained, capsys):
+    def text(*more, seed=0):
+        common = ("--checkpoint", trained, "--tokens", 60, "--prompt", "the ", "--seed", seed)
+        record = json.loads(main(capsys, "generate", *common, "--json", *more).out)
+        assert record["prompt"] == "the " and len(record["text"]) == 60
+        return record["text"]
+
+    assert text() == text() != text(seed=1)
+    greedy = text("--temperature", 0)
+    assert greedy == text("--temperature", 0, seed=1)
+    assert greedy == text("--top-k", 1, seed=2) == text("--top-p", 1e-9, seed=3)
+    assert text("--top-p", 0.5) != text() != text("--temperature", 3)
+
+
+def test_generate_without_options_works_for_a_text_without_new_lines(capsys, elsewhere):
+    Path("text").write_text(GREEK * 60, encoding="utf-8")
+    main(capsys, "train", *tiny.FLAGS, "--steps", 2, "--text", "text")
+    out = main(capsys, "generate", "--tokens", 20).out
+    assert len(out) >= 21 and set(out) <= set(GREEK + "\n")
+    assert main(capsys, "generate", "--prompt", "\u03b1", "--tokens", 9).out[0] == "\u03b1"
+
+
+def test_generate_refuses_a_character_outside_the_alphabet_by_name(trained):
+    done = run("generate", "--checkpoint", str(trained), "--prompt", "the \u2603")
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.search(r"got '\u2603' \(U\+2603\) at position 4", complaint(done.stderr))
+
+
+# ---------------------------------------------------------------------------------- check, figures
+def test_check_prints_the_errors_of_the_pairs_that_were_asked_for(capsys):
+    record = json.loads(main(capsys, "check", "relu", "softmax", "--json").out)
+    assert [pair["name"] for pair in record["pairs"]] == ["relu", "softmax"]
+    assert record["passed"] is True
+    for pair in record["pairs"]:
+        assert pair["errors"] and all(0 <= error < 1e-7 for error in pair["errors"].values())
+    out = main(capsys, "check", "relu").out
+    assert "relu" in out and "1 pairs checked, 0 failed" in out
+
+
+def test_check_fails_on_a_planted_bug_and_says_where(capsys):
+    right = softmax.softmax_backward
+
+    @functools.wraps(right)
+    def wrong(dy, cache):
+        return 1.01 * right(dy, cache)
+
+    with registry.swap("softmax_backward", wrong):
+        out = main(capsys, "check", "softmax", "relu", status=1).out
+        assert re.search(r"softmax.*\bz\b", out) and "2 pairs checked, 1 failed" in out
+        record = json.loads(main(capsys, "check", "softmax", "--json", status=1).out)
+    assert record["passed"] is False and record["pairs"][0]["failures"]
+    main(capsys, "check", "softmax")
+
+
+def test_figures_draws_every_figure_again_to_the_same_bytes(trained, capsys):
+    picture = trained / "training.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    assert main(capsys, "figures", trained).out.split() == [str(picture)]
+    assert picture.read_bytes() == before
+
+
+FOREIGN = ('{"study": "other"}', '{"a": 1}', "[1]", "3", "{", "", '{"study": "collapse"}')
+
+
+@pytest.mark.parametrize("content", [*FOREIGN, '{"study": "training", "series": {"step": 1}}'])
+def test_figures_names_a_file_that_is_no_record(content, capsys):
+    Path("mine.json").write_text(content)
+    assert "mine.json" in complaint(main(capsys, "figures", ".", status=1).err)
+    assert sorted(os.listdir()) == ["mine.json", "text"]
+
+
+# ---------------------------------------------------------------------------------------- collapse
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    flags = "--steps 2 --seeds 1 --processes 2 --experts 4 --json".split()
+    return run("collapse", *flags, "--out", "here", cwd=folder), folder / "here"
+
+
+def test_collapse_leaves_its_record_and_a_picture(study):
+    done, folder = study
+    assert done.returncode == 0, done.stderr
+    record = files.read_json(folder / "collapse.json")
+    assert json.loads(done.stdout) == record
+    assert record["study"] == "collapse" and record["num_experts"] == 4
+    assert "exp(entropy" in record["definition"] and "fewer than half" in record["definition"]
+    names = [condition["name"] for condition in record["conditions"]]
+    assert names == list(collapse.Study().conditions())
+    for condition in record["conditions"]:
+        (one,) = condition["runs"]
+        assert one["seed"] == 0 and one["validation_loss"] > 0 and 0 <= one["drop_rate"] < 1
+        for key in ("effective_experts", "effective_experts_clean", "dead_experts"):
+            assert len(one[key]) == 2
+        assert np.shape(one["series"]["share"]) == (2, 2, 4)
+    assert sorted(os.listdir(folder)) == ["collapse.json", "collapse.png"]
+    assert min(png_size(folder / "collapse.png")) > 300
+
+
+def test_collapse_can_be_drawn_and_tabulated_from_its_record(study, capsys):
+    _, folder = study
+    before = (folder / "collapse.png").read_bytes()
+    main(capsys, "figures", folder)
+    assert (folder / "collapse.png").read_bytes() == before
+    lines = collapse.table(files.read_json(folder / "collapse.json")).splitlines()
+    assert len(lines) == 1 + len(collapse.Study().conditions())
