@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quick", action="store_true", help="fewer steps and seeds, own folder")
     sub.add_argument("--steps", type=_positive, help="training steps of a run (300)")
     sub.add_argument("--seeds", type=_positive, help="number of seeds (4)")
-    sub.add_argument("--experts", type=int, default=8, help="experts in a layer (%(default)s)")
+    sub.add_argument("--experts", type=int, default=16, help="experts in a layer (%(default)s)")
     sub.add_argument("--top-k", type=int, default=1, help="experts per token (%(default)s)")
     sub.add_argument("--processes", type=_positive, help="runs at once (one per core)")
     sub.add_argument("--out", help="folder of the figure and its record (figures)")

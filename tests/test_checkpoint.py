@@ -107,6 +107,19 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(written, monke
     only(written.parent, "run.npz")
 
 
+def test_a_rename_that_fails_leaves_the_older_file_whole(written, monkeypatch):
+    before = written.read_bytes()
+
+    def fail(*_):
+        raise PermissionError("somebody has it open")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(PermissionError):
+        checkpoint.save_checkpoint(written, TREES, META)
+    assert written.read_bytes() == before
+    only(written.parent, "run.npz")
+
+
 def test_the_older_file_stays_in_place_while_the_new_one_is_written(written):
     before = written.read_bytes()
     seen = []

@@ -1,7 +1,6 @@
 """The rules of the house, held by reading the source and by watching a model run."""
 
 import ast
-import importlib
 import re
 import subprocess
 import sys
@@ -11,22 +10,7 @@ import numpy as np
 import pytest
 
 import moe_numpy
-from moe_numpy import tree
-from moe_numpy.backend import xp
 from moe_numpy.classroom import registry
-from moe_numpy.config import (
-    Capacity,
-    GaussianNoise,
-    ImportanceLoss,
-    InputJitter,
-    LearnedNoise,
-    LoadLoss,
-    ModelConfig,
-    MoEConfig,
-    SwitchLoss,
-    ZLoss,
-)
-from moe_numpy.transformer import generation, model
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {
@@ -245,126 +229,3 @@ def test_importing_the_package_takes_less_than_a_tenth_of_a_second_beyond_numpy(
         "import moe_numpy; moe_numpy.moe_forward; print(time.process_time() - start)"
     )
     assert np.median([float(fresh(code)) for _ in range(5)]) < 0.1
-
-
-# ------------------------------------------------------------------------------------------ shapes
-SUFFIX = re.compile(r"_([A-Z]+)$")
-RUNS = {
-    "learned noise, next best, all terms, gated": MoEConfig(
-        num_experts=9,
-        top_k=3,
-        hidden=11,
-        activation="swiglu",
-        noise=LearnedNoise(),
-        capacity=Capacity(factor=0.7, overflow="next_best"),
-        balance=(SwitchLoss(), ImportanceLoss(), LoadLoss(), ZLoss()),
-        bias_rate=0.1,
-    ),
-    "fixed noise, drop, raw gates": MoEConfig(
-        num_experts=9,
-        top_k=3,
-        hidden=11,
-        gate_weights="raw",
-        noise=GaussianNoise(),
-        capacity=Capacity(factor=0.7, priority="score"),
-        balance=(LoadLoss(),),
-    ),
-    "jitter": MoEConfig(num_experts=9, top_k=3, hidden=11, noise=InputJitter(eps=0.1)),
-    "dense": None,
-}
-
-
-def complaints(frame):
-    """Compare the arrays of a frame, and of the tuples in it, with the letters of their names."""
-    names = {n: v for n, v in frame.f_locals.items() if not n.startswith("@")}
-    arrays = {n: v for n, v in names.items() if hasattr(v, "ndim") and hasattr(v, "shape")}
-    groups = [arrays]
-    for value in names.values():
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            groups.append({n: a for n, a in value._asdict().items() if hasattr(a, "shape")})
-    for group in groups:
-        sizes = {
-            n: {v}
-            for n, v in names.items()
-            if group is groups[0] and re.fullmatch("[A-Z]", n) and type(v) is int
-        }
-        for name, array in group.items():
-            letters = SUFFIX.search(name)
-            if not letters:
-                continue
-            if array.ndim != len(letters[1]):
-                yield f"{name} has the shape {array.shape}"
-                continue
-            for letter, size in zip(letters[1], array.shape, strict=True):
-                sizes.setdefault(letter, set()).add(size)
-        yield from (f"{a} is {sorted(s)} at once" for a, s in sizes.items() if len(s) > 1)
-
-
-def watch(work):
-    """Run `work`; return what is wrong with names in the mathematics, and the functions seen."""
-    wrong, seen = set(), set()
-    folders = tuple(str(ROOT / "moe_numpy" / name) for name in MATHEMATICS)
-
-    def profile(frame, event, _):
-        if event == "return" and frame.f_code.co_filename.startswith(folders):
-            where = f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"
-            seen.add(frame.f_code.co_name)
-            wrong.update(f"{where}: {text}" for text in complaints(frame))
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        work()
-    finally:
-        sys.setprofile(before)
-    return wrong, seen
-
-
-@pytest.mark.parametrize("moe", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize("style", ["gpt", "llama"])
-def test_names_tell_the_truth_about_shapes(moe, style):
-    """All sizes differ: B 6, T 5, N 30, H 4, G 2, D 8, C 32, K 3, E 9, F 11 or 13, V 17, L 1."""
-    llama = {"norm": "rmsnorm", "positions": "rotary", "tied": False, "kv_heads": 2}
-    cfg = ModelConfig(
-        vocab_size=17,
-        context=7,
-        layers=1,
-        width=32,
-        heads=4,
-        hidden=None if moe else 13,
-        moe=moe,
-        **(llama if style == "llama" else {}),
-    )
-    rng = np.random.default_rng(0)
-    token_BT, target_BT = rng.integers(0, 17, (2, 6, 5))
-
-    def work():
-        params = model.init_model(rng, cfg)
-        noise = model.draw_noise(rng, cfg, 30)
-        loss, _, cache = model.loss_forward(token_BT, target_BT, params, cfg, noise)
-        grads = model.loss_backward(xp.ones_like(loss), cache)
-        assert [a.shape for a in tree.leaves(grads)] == [a.shape for a in tree.leaves(params)]
-        assert len(list(generation.generate(token_BT[0], params, cfg, 4, 0))) == 4
-
-    wrong, seen = watch(work)
-    assert {"model_forward", "model_backward", "scores_backward", "generate"} <= seen
-    assert not moe or {"moe_forward", "moe_backward", "make_plan", "combine_backward"} <= seen
-    assert not wrong
-
-
-def test_the_watch_over_names_sees_a_lie(monkeypatch):
-    module = importlib.import_module("moe_numpy.ops.softmax")
-    lie = compile(
-        "def lie(x):\n    x_NC, y_C, N = x, x[0, :2], 4\n    return x_NC\n"
-        "def rank(x):\n    x_N = x\n    return x_N\n",
-        module.__file__,
-        "exec",
-    )
-    scope: dict = {}
-    exec(lie, scope)
-    wrong, _ = watch(lambda: (scope["lie"](np.zeros((3, 5))), scope["rank"](np.zeros((3, 5)))))
-    assert wrong == {
-        "softmax.py:lie: C is [2, 5] at once",
-        "softmax.py:lie: N is [3, 4] at once",
-        "softmax.py:rank: x_N has the shape (3, 5)",
-    }

@@ -39,7 +39,7 @@ DEAD = 0.01  # an expert below this share of the load is dead
 class Study:
     """The setting that all runs share."""
 
-    num_experts: int = 8
+    num_experts: int = 16
     top_k: int = 1
     hidden: int = 64
     layers: int = 2

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moe_numpy import files
 
-# Okabe and Ito's palette, told apart by most color-blind readers, then lighter tints of it.
+# Okabe and Ito's palette, told apart by most color-blind readers.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 BAD, GOOD, NEUTRAL = "#D55E00", "#0072B2", "#555555"
 NGRAMS = ("unigram", "2-gram", "3-gram", "4-gram", "5-gram")
@@ -30,7 +31,8 @@ def plot_river(
     """
     share = np.asarray(share)
     E = share.shape[1]
-    shades = [colors[e % len(colors)] for e in range(E)]
+    tint = (1.0, 0.55, 0.8, 0.35)  # each round through the palette is lighter or darker
+    shades = [to_rgba(colors[e % len(colors)], tint[e // len(colors) % 4]) for e in range(E)]
     ax.stackplot(step, share.T, colors=shades, edgecolor="white", linewidth=0.4)
     ax.set(xlim=(step[0], step[-1]), ylim=(0, 1), xlabel="training step", title=title)
     ax.set_ylabel("share of the load")

@@ -7,6 +7,7 @@ rows of one expert are one contiguous slice.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from moe_numpy.backend import Array, to_device, to_host, xp
@@ -56,10 +57,8 @@ def make_plan(
     places = capacity.places(N, K, E)
     queue = _queue(expert_NK, prob_NE, capacity.priority)
     if capacity.overflow == "next_best":
-        expert_NK, accepted_NK = _serve_next_best(expert_NK, score_NE, queue, places)
-    else:
-        accepted_NK = _serve_or_drop(expert_NK, queue, places)
-    return expert_NK, _plan(expert_NK, accepted_NK, E)
+        return _serve_next_best(expert_NK, score_NE, queue, places)
+    return expert_NK, _plan(expert_NK, _serve_or_drop(expert_NK, queue, places), E)
 
 
 def _queue(expert_NK: Array, prob_NE: Array, priority: str) -> Array:
@@ -87,18 +86,20 @@ def _serve_or_drop(expert_NK: Array, queue: Array, places: int) -> Array:
 
 def _serve_next_best(
     expert_NK: Array, score_NE: Array, queue: Array, places: int
-) -> tuple[Array, Array]:
+) -> tuple[Array, Plan]:
     """Serve the queue one choice after the other: where one goes depends on all before it.
 
-    The walk is plain Python over host integers. It starts with the expert that was chosen, then
-    follows the token's ranking of all experts.
+    The walk is plain Python over host integers, which cross in one piece. It starts with the expert
+    that was chosen, then follows the token's ranking of all experts.
     """
-    K, E = expert_NK.shape[1], score_NE.shape[1]
-    expert = to_host(expert_NK).reshape(-1).tolist()
-    ranking = to_host(xp.argsort(-score_NE, axis=1, kind="stable")).tolist()
+    (N, K), E = expert_NK.shape, score_NE.shape[1]
+    ranking_NE = xp.argsort(-score_NE, axis=1, kind="stable")
+    table = to_host(xp.concatenate((expert_NK, queue.reshape(N, K), ranking_NE), axis=1))
+    expert = table[:, :K].reshape(-1).tolist()
+    ranking = table[:, 2 * K :].tolist()
     room = [places] * E
-    accepted = [False] * len(expert)
-    for choice in to_host(queue).tolist():
+    accepted = [False] * (N * K)
+    for choice in table[:, K : 2 * K].reshape(-1).tolist():
         e = expert[choice]
         if not room[e]:
             token, first = choice // K, choice - choice % K
@@ -109,22 +110,27 @@ def _serve_next_best(
             expert[choice] = e
         room[e] -= 1
         accepted[choice] = True
-    return (
-        to_device(expert, expert_NK.dtype).reshape(expert_NK.shape),
-        to_device(accepted, bool).reshape(expert_NK.shape),
-    )
+    expert_NK = to_device(expert, expert_NK.dtype).reshape(N, K)
+    accepted_NK = to_device(accepted, bool).reshape(N, K)
+    counts = [places - left for left in room]
+    return expert_NK, _plan(expert_NK, accepted_NK, E, counts)
 
 
-def _plan(expert_NK: Array, accepted_NK: Array, E: int) -> Plan:
+def _plan(expert_NK: Array, accepted_NK: Array, E: int, counts: list[int] | None = None) -> Plan:
+    """Sort the accepted choices by expert; `counts` of each expert, if they are known already.
+
+    Dropped choices sort behind the last expert, as if there were an expert E. How many rows each
+    expert has is the one thing that the host must know.
+    """
     N, K = expert_NK.shape
-    choice = xp.flatnonzero(accepted_NK)
-    expert = expert_NK.reshape(-1)[choice]
-    choice_R = choice[xp.argsort(expert, kind="stable")]
-    R = choice_R.size
+    key = xp.where(accepted_NK, expert_NK, E).reshape(-1)
+    order = xp.argsort(key, kind="stable")
+    if counts is None:
+        offsets = tuple(to_host(xp.searchsorted(key[order], xp.arange(E + 1))).tolist())
+    else:
+        offsets = tuple(itertools.accumulate(counts, initial=0))
+    R = offsets[-1]
+    choice_R = order[:R]
     slot = xp.full(N * K, R, xp.intp)
     slot[choice_R] = xp.arange(R)
-    counts = to_host(xp.bincount(expert, minlength=E)).tolist()
-    offsets = [0]
-    for count in counts:
-        offsets.append(offsets[-1] + count)
-    return Plan(slot.reshape(N, K), choice_R // K, choice_R, tuple(offsets))
+    return Plan(slot.reshape(N, K), choice_R // K, choice_R, offsets)
