@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from moe_numpy.classroom import gradcheck, registry
+from moe_numpy.classroom import gradcheck, registry, slopes
 from moe_numpy.classroom.gradcheck import Case
 
 BUFFER_C = np.zeros(5)
@@ -249,7 +249,7 @@ BUGS = {  # pair: mistake: what stood there, what stands there now, words of the
 def test_correct_pairs_pass_far_below_the_limit(name):
     result = check(name)
     assert result.failures == []
-    assert max(result.errors.values()) < gradcheck.LIMIT / 100
+    assert max(result.errors.values()) < slopes.LIMIT / 100
 
 
 @pytest.mark.parametrize("name, bug", [(name, bug) for name in BUGS for bug in BUGS[name]])
@@ -285,7 +285,7 @@ def test_a_message_names_pair_case_argument_place_values_and_cause():
 def test_a_large_tensor_is_probed_by_directions_and_explained_by_element():
     case = Case("", (draw(37, 11), 1 + draw(11) / 2, draw(11)))
     right = check("layer_norm", case=case)
-    assert (right.failures, right.probes) == ([], gradcheck.DIRECTIONS + 2 * 11)
+    assert (right.failures, right.probes) == ([], slopes.DIRECTIONS + 2 * 11)
     [failure] = check("layer_norm", " - q_NC.mean(-1, keepdims=True)", " + 0", case).failures
     assert "worst at [" in failure and "one constant offset per row" in failure
 
@@ -356,7 +356,7 @@ def test_a_case_that_lies_on_ties_everywhere_fails():
 def test_a_direction_that_changes_a_decision_is_redrawn():
     z_NE = np.concatenate([near_tie(rows=1, gap=1e-4).args[0], 2 * draw(60, 5)])
     result = check("top2_gate", case=Case("", (z_NE,)))
-    assert (result.failures, result.probes, result.skipped) == ([], gradcheck.DIRECTIONS, 0)
+    assert (result.failures, result.probes, result.skipped) == ([], slopes.DIRECTIONS, 0)
     assert 0 < result.redrawn <= result.probes
 
 
@@ -474,7 +474,7 @@ def test_a_report_is_one_line_and_plain_json():
     assert line.startswith("gate ") and "FAIL  x 3.1e-11  w inf" in line and "\n" not in line
     assert "decisions changed for 3 of 40 probes, 1 skipped" in line
     record = json.loads(json.dumps(gradcheck.to_json([result], seed=5), allow_nan=False))
-    assert (record["passed"], record["limit"], record["seed"]) == (False, gradcheck.LIMIT, 5)
+    assert (record["passed"], record["limit"], record["seed"]) == (False, slopes.LIMIT, 5)
     assert record["pairs"][0]["errors"] == errors | {"w.a": None}
 
 

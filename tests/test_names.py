@@ -28,14 +28,14 @@ from moe_numpy.transformer import generation, model
 ROOT = Path(__file__).parent.parent
 SUFFIX = re.compile(r"_([A-Z]+)$")
 RUNS = {
-    "learned noise, next best, all terms, gated": MoEConfig(
+    "learned noise, next best, bias, gated": MoEConfig(
         num_experts=9,
         top_k=3,
         hidden=11,
         activation="swiglu",
         noise=LearnedNoise(),
         capacity=Capacity(factor=0.7, overflow="next_best"),
-        balance=(SwitchLoss(), ImportanceLoss(), LoadLoss(), ZLoss()),
+        balance=(SwitchLoss(), ImportanceLoss(), ZLoss()),
         bias_rate=0.1,
     ),
     "fixed noise, drop, raw gates": MoEConfig(

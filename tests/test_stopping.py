@@ -19,19 +19,21 @@ STEPS = 120
 FLAGS = [*tiny.FLAGS, "--steps", str(STEPS), "--batch", "8", "--noise", "learned"]
 FLAGS += ["--capacity", "1.0", "--overflow", "next_best", "--bias-rate", "0.01", "--text", "text"]
 
+PACE = ["--save-every", "3", "--evaluate-every", "25"]  # a resumed run remembers it
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     (folder / "text").write_text(tiny.text(), encoding="utf-8")
-    assert run("train", *FLAGS, "--out", "o", cwd=folder).returncode == 0
+    assert run("train", *FLAGS, *PACE, "--out", "o", cwd=folder).returncode == 0
     return folder / "o"
 
 
-def start(*flags):
+def start():
     """Start a training in a process of its own, in its own process group like a terminal's job."""
     return subprocess.Popen(
-        [sys.executable, "-m", "moe_numpy", "train", *FLAGS, "--out", "o", *flags],
+        [sys.executable, "-m", "moe_numpy", "train", *FLAGS, *PACE, "--out", "o"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -47,10 +49,10 @@ def steps_saved():
         return -1
 
 
-def stop_in_the_middle(number, delay, *flags):
+def stop_in_the_middle(number, delay):
     """Send a signal some time after the first steps were saved; return what the process said."""
     for _ in range(5):
-        with start(*flags) as process:
+        with start() as process:
             deadline = time.monotonic() + 60
             while steps_saved() < 3 and process.poll() is None:
                 assert time.monotonic() < deadline, "no checkpoint came"
@@ -77,10 +79,9 @@ def same_end(folder, other):
     return all(arrays[name].tobytes() == others[name].tobytes() for name in arrays)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_killed_training_goes_on_to_the_same_bits(seed, uninterrupted):
-    delay = np.random.default_rng([seed, os.getpid()]).uniform(0.0, 0.3)
-    status, _, _ = stop_in_the_middle(signal.SIGKILL, delay, "--save-every", "3")
+def test_a_killed_training_goes_on_to_the_same_bits(uninterrupted):
+    delay = np.random.default_rng(os.getpid()).uniform(0.0, 0.3)
+    status, _, _ = stop_in_the_middle(signal.SIGKILL, delay)
     assert status == -signal.SIGKILL
     saved = steps_saved()
     assert saved % 3 == 0
@@ -96,7 +97,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(seed, uninterrupted):
 
 
 def test_an_interrupted_training_says_how_to_go_on_and_does(uninterrupted):
-    status, _, err = stop_in_the_middle(signal.SIGINT, 0.1, "--save-every", "3")
+    status, _, err = stop_in_the_middle(signal.SIGINT, 0.1)
     assert status == 130
     step = steps_saved()
     assert complaint(err) == (
@@ -105,14 +106,6 @@ def test_an_interrupted_training_says_how_to_go_on_and_does(uninterrupted):
     assert sorted(os.listdir("o")) == ["checkpoint.npz"]
     assert run("train", "--resume", "o", cwd=os.getcwd()).returncode == 0
     assert same_end("o", uninterrupted)
-
-
-def test_evaluations_come_at_the_same_steps_after_a_resume(tmp_path):
-    whole = run("train", *FLAGS, "--evaluate-every", "50", "--out", "w", cwd=tmp_path)
-    assert whole.returncode == 0
-    stop_in_the_middle(signal.SIGINT, 0.0, "--save-every", "3", "--evaluate-every", "50")
-    assert run("train", "--resume", "o", cwd=tmp_path).returncode == 0
-    assert same_end("o", "w")
 
 
 def test_a_finished_run_can_be_resumed_and_repeated_flags_are_fine(uninterrupted, capsys):

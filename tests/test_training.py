@@ -30,7 +30,7 @@ FULL = tiny.moe(
     noise=LearnedNoise(),
     capacity=Capacity(factor=0.75, overflow="next_best"),
     bias_rate=0.01,
-    balance=TERMS,
+    balance=(SwitchLoss(), ImportanceLoss(), ZLoss()),
 )
 VARIANTS = {
     "learned noise, next best, bias rule": FULL,
