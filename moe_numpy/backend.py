@@ -19,6 +19,8 @@ import numpy as np
 Array = Any  # numpy.ndarray, or cupy.ndarray inside use_backend("cupy")
 Cache = tuple
 
+NAMES = ("numpy", "cupy")
+
 
 class BackendError(ValueError):
     """The array library that was asked for is not to be had on this machine."""
@@ -78,10 +80,10 @@ def _fill(names: dict[str, Any]) -> None:
 
 
 def _library(name: str) -> types.ModuleType:
+    if name not in NAMES:
+        raise ValueError(f"use_backend: backend must be one of {', '.join(NAMES)}, got {name!r}.")
     if name == "numpy":
         return np
-    if name != "cupy":
-        raise ValueError(f'use_backend: backend must be "numpy" or "cupy", got {name!r}.')
     try:
         cupy = importlib.import_module("cupy")
     except ImportError:

@@ -13,14 +13,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moe_numpy import __version__, files, settings
+from moe_numpy import __version__, backend, files, settings
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return the exit status (0 fine, 1 refused or failed, 130 stopped)."""
+    """Run one command; return the exit status.
+
+    0 fine, 1 refused or failed, 2 misspelt or without the backend asked for, 130 stopped.
+    """
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        with backend.use_backend(getattr(options, "backend", "numpy")):
+            return options.run(options)
+    except backend.BackendError as error:
+        print(f"moe_numpy {options.command}: {error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"moe_numpy {options.command}: error: {error}", file=sys.stderr)
         return 1
@@ -49,7 +56,7 @@ def collapse(options: argparse.Namespace) -> int:
         f"Training {len(study.conditions())} conditions x {seeds} seeds, {study.steps} steps "
         f"each: {', '.join(study.conditions())}.",
     )
-    record = study_module.run_study(study, options.processes)
+    record = study_module.run_study(study, options.processes, options.backend)
     files.write_json(Path(folder, "collapse.json"), record)
     plots.save(plots.collapse_figure(record), Path(folder, "collapse.png"))
     if options.json:
@@ -173,6 +180,27 @@ def check(options: argparse.Namespace) -> int:
     return 0 if all(result.passed for result in results) else 1
 
 
+def parity(options: argparse.Namespace) -> int:
+    """Run the same training on NumPy and on a GPU, compare the losses and time a step by width."""
+    from moe_numpy.lab import parity as study_module
+    from moe_numpy.lab import plots
+
+    try:
+        with backend.use_backend("cupy"):
+            pass
+    except backend.BackendError as error:
+        print(f"Skipped, nothing was compared: {error}")
+        return 0
+    files.require_folder(options.out)
+    record = study_module.run_parity(options.steps)
+    files.write_json(Path(options.out, "parity.json"), record)
+    plots.save(plots.parity_figure(record), Path(options.out, "parity.png"))
+    for dtype, found in record["losses"].items():
+        verdict = "PASS" if found["passed"] else "FAIL"
+        print(f"{dtype}  {verdict}  {found['difference']:.1e} (limit {found['limit']:.0e})")
+    return 0 if all(found["passed"] for found in record["losses"].values()) else 1
+
+
 def figures(options: argparse.Namespace) -> int:
     """Draw every figure of a folder anew from the record beside it."""
     from moe_numpy.lab import plots
@@ -259,6 +287,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("pairs", nargs="*", metavar="PAIR", help="only these, e.g. moe attention")
     sub.add_argument("--seed", type=int, default=0, help="of the test points (%(default)s)")
     sub.add_argument("--json", action="store_true", help="print a JSON object")
+
+    for name in ("collapse", "train", "generate", "check"):
+        commands.choices[name].add_argument(
+            "--backend", choices=backend.NAMES, default="numpy", help="computes (%(default)s)"
+        )
+
+    sub = command(
+        parity,
+        "compare NumPy and a GPU: same losses, and the width where the GPU wins",
+        more="Needs CuPy and a GPU; says so and stops where there is none.",
+    )
+    sub.add_argument("--steps", type=_positive, default=200, help="to compare (%(default)s)")
+    sub.add_argument("--out", default="figures", help="folder of figure and record (%(default)s)")
 
     sub = command(figures, "draw every figure anew from its record")
     sub.add_argument("folder", nargs="?", default="figures", help="(%(default)s)")

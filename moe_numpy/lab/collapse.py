@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_numpy import config, progress
+from moe_numpy import backend, config, progress
 from moe_numpy.config import (
     Capacity,
     LearnedNoise,
@@ -96,7 +96,10 @@ class Study:
 
 
 def run_study(
-    study: Study, processes: int | None = None, show_progress: bool = True
+    study: Study,
+    processes: int | None = None,
+    backend_name: str = "numpy",
+    show_progress: bool = True,
 ) -> dict[str, Any]:
     """Train every condition with every seed, in parallel processes, and return the record.
 
@@ -112,7 +115,9 @@ def run_study(
     """
     started = time.perf_counter()
     corpus = data.default_corpus()
-    jobs = [(study, name, seed) for seed in study.seeds for name in study.conditions()]
+    jobs = [
+        (study, name, seed, backend_name) for seed in study.seeds for name in study.conditions()
+    ]
     runs: dict[tuple[str, int], dict] = {}
     workers = min(processes or os.cpu_count() or 1, len(jobs))
     context = multiprocessing.get_context("spawn")
@@ -129,7 +134,7 @@ def run_study(
             while waiting:
                 done, _ = concurrent.futures.wait(waiting, timeout=0.2)
                 for future in done:
-                    _, name, seed = waiting.pop(future)
+                    _, name, seed, _ = waiting.pop(future)
                     runs[name, seed] = future.result()
                 bar.update(steps_done.value - bar.n)
     conditions = [
@@ -153,13 +158,14 @@ def run_study(
     }
 
 
-def run_one(study: Study, condition: str, seed: int) -> dict[str, Any]:
+def run_one(study: Study, condition: str, seed: int, backend_name: str = "numpy") -> dict[str, Any]:
     """Train one model and measure it."""
     corpus = data.default_corpus()
     cfg = study.model(study.conditions()[condition], corpus.vocab_size)
-    run = loop.new_run(corpus, cfg, study.training(seed))
-    loop.train(run, evaluate_every=study.steps, show_progress=False, on_step=_count_step)
-    return measure(run)
+    with backend.use_backend(backend_name):
+        run = loop.new_run(corpus, cfg, study.training(seed))
+        loop.train(run, evaluate_every=study.steps, show_progress=False, on_step=_count_step)
+        return measure(run)
 
 
 def measure(run: loop.Run) -> dict[str, Any]:

@@ -160,7 +160,29 @@ def _show_next_reference(ax: Axes, references: dict[str, float]) -> None:
     ax.set_ylim(max(below, default=low) - 0.04 * (high - low), high)
 
 
-DRAWN_BY = {"collapse": collapse_figure, "training": training_figure}
+def parity_figure(record: dict[str, Any]) -> Figure:
+    """Show how far two backends differ, step by step, and where the second is the faster one."""
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=110)
+    left, right = figure.subplots(1, 2)
+    for color, (dtype, found) in zip(COLORS, record["losses"].items(), strict=False):
+        first, second = (np.asarray(series) for series in found["series"])
+        difference = np.maximum(np.abs(first - second) / np.abs(first), 1e-17)
+        left.semilogy(difference, color=color, label=dtype)
+        left.axhline(found["limit"], color=color, linestyle="--", linewidth=0.8)
+    left.set(xlabel="training step", ylabel="relative difference of the losses")
+    left.set_title("Same seed on both backends (dashed: limit)")
+    left.legend(fontsize=8)
+    widths = [row["width"] for row in record["speed"]]
+    for i, name in enumerate(record["backends"]):
+        times = [row["milliseconds"][i] for row in record["speed"]]
+        right.loglog(widths, times, "o-", color=COLORS[i], label=name)
+    right.set(xlabel="model width (channels)", ylabel="median time of a step (ms)")
+    right.set_title("Training step by width")
+    right.legend(fontsize=8)
+    return figure
+
+
+DRAWN_BY = {"collapse": collapse_figure, "training": training_figure, "parity": parity_figure}
 
 
 def draw(record: dict[str, Any], source: Path) -> Figure:

@@ -128,7 +128,7 @@ def train(
     steps_bar = progress.bar(run.training.steps, "train", "step", run.step, show_progress)
     with steps_bar as bar, _deferred_interrupt() as interrupted:
         while run.step < run.training.steps:
-            _take_step(run)
+            take_step(run)
             done = run.step == run.training.steps
             if done or run.step % every == 0:
                 _evaluate_now(run)
@@ -217,7 +217,8 @@ def load_model(path: str | Path) -> tuple[model.ModelParams, ModelConfig, str]:
     return checkpoint.restore(like, arrays, "params"), cfg, meta["alphabet"]
 
 
-def _take_step(run: Run) -> None:
+def take_step(run: Run) -> None:
+    """Take one training step and note what it did."""
     cfg, training, step = run.cfg, run.training, run.step
     dtype = run.params.token_VC.dtype
     token_BT, target_BT = data.sample_batch(
