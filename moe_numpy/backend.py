@@ -19,7 +19,8 @@ import numpy as np
 Array = Any  # numpy.ndarray, or cupy.ndarray inside use_backend("cupy")
 Cache = tuple
 
-NAMES = ("numpy", "cupy")
+GPU = "cupy"
+NAMES = ("numpy", GPU)
 
 
 class BackendError(ValueError):

@@ -186,7 +186,7 @@ def parity(options: argparse.Namespace) -> int:
     from moe_numpy.lab import plots
 
     try:
-        with backend.use_backend("cupy"):
+        with backend.use_backend(backend.GPU):
             pass
     except backend.BackendError as error:
         print(f"Skipped, nothing was compared: {error}")
@@ -296,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         parity,
         "compare NumPy and a GPU: same losses, and the width where the GPU wins",
-        more="Needs CuPy and a GPU; says so and stops where there is none.",
+        more="Needs the GPU backend; says so and stops where there is none.",
     )
     sub.add_argument("--steps", type=_positive, default=200, help="to compare (%(default)s)")
     sub.add_argument("--out", default="figures", help="folder of figure and record (%(default)s)")

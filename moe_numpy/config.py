@@ -36,7 +36,8 @@ def _a(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
 
 
 def _not_negative(who: str, name: str, came: Any) -> None:
-    _require(came >= 0, who, f"{name} must not be negative", came, "Use 0 for none.")
+    rule = f"{name} must not be negative, and finite"
+    _require(0 <= came < math.inf, who, rule, came, "Use 0 for none.")
 
 
 def _positive_weight(term: Any) -> None:
@@ -69,7 +70,8 @@ class GaussianNoise:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.std > 0, "GaussianNoise", "std must be positive", self.std, "Or noise=None.")
+        rule = "std must be positive and finite"
+        _require(0 < self.std < math.inf, "GaussianNoise", rule, self.std, "Or noise=None.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

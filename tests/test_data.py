@@ -106,7 +106,7 @@ def test_the_hash_pins_the_text(tmp_path):
 
 
 def test_an_unknown_character_is_named(corpus):
-    with pytest.raises(ValueError, match=r"Corpus\.encode: .*U\+20AC\) at position 2\. Remove"):
+    with pytest.raises(ValueError, match=r"encode: .*U\+20AC\) at position 2\. Remove"):
         corpus.encode("10\u20ac")
     with pytest.raises(ValueError, match=r"U\+D800"):
         corpus.encode("\ud800")

@@ -164,8 +164,8 @@ def test_the_gradient_norm_is_that_of_all_numbers_together():
     grads = draw(np.random.default_rng(6))
     every = [value for leaf in tree.leaves(grads) for value in leaf.reshape(-1).tolist()]
     expected = math.sqrt(math.fsum(value * value for value in every))
-    assert optimizer.gradient_norm(grads) == pytest.approx(expected, rel=1e-14)
-    assert optimizer.gradient_norm((np.array([[3.0], [0.0]]), None, np.array([4.0]))) == 5.0
+    assert optimizer.norm(grads) == pytest.approx(expected, rel=1e-14)
+    assert optimizer.norm((np.array([[3.0], [0.0]]), None, np.array([4.0]))) == 5.0
 
 
 def moved(clip):
@@ -175,7 +175,7 @@ def moved(clip):
     before = tree.map(np.copy, run.params)
     loop.train(run, show_progress=False)
     steps = tree.map(lambda a, b: (a - b) / 0.25, before, run.params)
-    return steps, optimizer.gradient_norm(steps), run.series.norm[0]
+    return steps, optimizer.norm(steps), run.series.norm[0]
 
 
 def test_clipping_limits_the_norm_of_all_gradients_together_and_keeps_their_direction():

@@ -203,10 +203,12 @@ def _relisted(cache: Any) -> Any:
 
 
 def covers(names: Iterable[str], leaf: str) -> bool:
+    """Tell whether a leaf, or a branch that it hangs on, is among the names."""
     return any(leaf == name or leaf.startswith(f"{name}.") for name in names)
 
 
 def call(who: str, fn: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a half of the pair; what it raises becomes a broken contract that says where."""
     try:
         return fn(*args, **kwargs)
     except Exception as error:
@@ -216,6 +218,7 @@ def call(who: str, fn: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def require(holds: bool, complaint: str) -> None:
+    """Break off with the complaint unless a rule of the contract holds."""
     if not holds:
         raise ContractError(complaint)
 

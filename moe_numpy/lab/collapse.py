@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -121,22 +122,27 @@ def run_study(
     runs: dict[tuple[str, int], dict] = {}
     workers = min(processes or os.cpu_count() or 1, len(jobs))
     context = multiprocessing.get_context("spawn")
-    steps_done = context.Value("l", 0)
+    steps_done, stop = context.Value("l", 0), context.Event()
     with (
         _one_thread_each(),
         concurrent.futures.ProcessPoolExecutor(
-            workers, context, _count_steps_in, (steps_done,)
+            workers, context, _share, (steps_done, stop)
         ) as pool,
     ):
         waiting = {pool.submit(run_one, *job): job for job in jobs}
         total = len(jobs) * study.steps
         with progress.bar(total, "collapse", "step", show=show_progress) as bar:
-            while waiting:
-                done, _ = concurrent.futures.wait(waiting, timeout=0.2)
-                for future in done:
-                    _, name, seed, _ = waiting.pop(future)
-                    runs[name, seed] = future.result()
-                bar.update(steps_done.value - bar.n)
+            try:
+                while waiting:
+                    done, _ = concurrent.futures.wait(waiting, timeout=0.2)
+                    for future in done:
+                        _, name, seed, _ = waiting.pop(future)
+                        runs[name, seed] = future.result()
+                    bar.update(steps_done.value - bar.n)
+            except BaseException:  # Ctrl-C, or a run that failed: the others end at their next step
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
     conditions = [
         {
             "name": name,
@@ -217,20 +223,25 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# Children count their steps in one shared number, which moves the parent's progress bar.
+# Children count their steps in one shared number, which moves the parent's progress bar, and end
+# when the parent sets the event.
 
 _steps_done: Any = None
+_stop: Any = None
 
 
-def _count_steps_in(shared: Any) -> None:
-    global _steps_done
-    _steps_done = shared
+def _share(steps_done: Any, stop: Any) -> None:
+    global _steps_done, _stop
+    _steps_done, _stop = steps_done, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers it
 
 
 def _count_step(_run: loop.Run) -> None:
     if _steps_done is not None:
         with _steps_done.get_lock():
             _steps_done.value += 1
+        if _stop.is_set():
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

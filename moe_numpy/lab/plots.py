@@ -34,7 +34,9 @@ def plot_river(
     tint = (1.0, 0.55, 0.8, 0.35)  # each round through the palette is lighter or darker
     shades = [to_rgba(colors[e % len(colors)], tint[e // len(colors) % 4]) for e in range(E)]
     ax.stackplot(step, share.T, colors=shades, edgecolor="white", linewidth=0.4)
-    ax.set(xlim=(step[0], step[-1]), ylim=(0, 1), xlabel="training step", title=title)
+    ax.set(ylim=(0, 1), xlabel="training step", title=title)
+    if len(step) > 1:
+        ax.set_xlim(step[0], step[-1])
     ax.set_ylabel("share of the load")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

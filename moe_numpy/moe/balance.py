@@ -83,11 +83,11 @@ def load_forward(clean_NE: Array, noisy_NE: Array, scale_NE: Array, k: int) -> t
     rows = xp.arange(N)
     order_NE = xp.argsort(-noisy_NE, axis=1, kind="stable")
     last_in_N, first_out_N = order_NE[:, k - 1], order_NE[:, k]  # ranks k and k + 1
-    in_N = noisy_NE[rows, last_in_N][:, None]
-    out_N = noisy_NE[rows, first_out_N][:, None]
+    in_N1 = noisy_NE[rows, last_in_N][:, None]
+    out_N1 = noisy_NE[rows, first_out_N][:, None]
     chosen_NE = xp.zeros(noisy_NE.shape, bool)
     xp.put_along_axis(chosen_NE, order_NE[:, :k], True, 1)
-    threshold_NE = xp.where(chosen_NE, out_N, in_N)  # 1. what e has to beat
+    threshold_NE = xp.where(chosen_NE, out_N1, in_N1)  # 1. what e has to beat
     ratio_NE = (clean_NE - threshold_NE) / scale_NE  # 2. in deviations of its noise
     load_E = normal.normal_cdf(ratio_NE).sum(0)  # 3. chance, summed over tokens
     return load_E, (ratio_NE, scale_NE, chosen_NE, last_in_N, first_out_N)

@@ -63,5 +63,6 @@ def _fetch(y_RC: Array, plan: Plan) -> Array:
     """Read the row of every choice (N, K, C); a dropped choice, whose slot is R, reads zeros."""
     R, C = y_RC.shape
     if plan.slot_NK.size > R:
-        y_RC = xp.concatenate((y_RC, xp.zeros((1, C), y_RC.dtype)))
+        zero = xp.zeros((1, C), y_RC.dtype)
+        return xp.concatenate((y_RC, zero))[plan.slot_NK]
     return y_RC[plan.slot_NK]

@@ -126,19 +126,22 @@ def train(
     if path is not None and run.step == 0:
         save_run(path, run)
     steps_bar = progress.bar(run.training.steps, "train", "step", run.step, show_progress)
-    with steps_bar as bar, _deferred_interrupt() as interrupted:
+    what_matters_is_checked = np.errstate(over="ignore", invalid="ignore")
+    with steps_bar as bar, _deferred_interrupt() as interrupted, what_matters_is_checked:
         while run.step < run.training.steps:
             take_step(run)
             done = run.step == run.training.steps
             if done or run.step % every == 0:
                 _evaluate_now(run)
-            if path is not None and (done or interrupted or run.step % save_every == 0):
-                save_run(path, run)
+            if path is not None and (done or run.step % save_every == 0):
+                _save_finite(path, run)
             bar.set_postfix_str(_postfix(run), refresh=False)
             bar.update()
             if on_step is not None:
                 on_step(run)
             if interrupted:
+                if path is not None:
+                    _save_finite(path, run)
                 raise KeyboardInterrupt
 
 
@@ -225,15 +228,14 @@ def take_step(run: Run) -> None:
         run.data_rng, run.corpus.train, training.batch, cfg.context
     )
     noise = model.draw_noise(run.noise_rng, cfg, token_BT.size, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):  # what matters is checked and explained
-        _, report, cache = model.loss_forward(
-            to_device(token_BT), to_device(target_BT), run.params, cfg, noise, training.smoothing
-        )
-        grads = model.loss_backward(xp.ones((), dtype), cache)
-        *facts, norm = to_host_together([*tree.leaves(report), optimizer.gradient_norm(grads)])
+    _, report, cache = model.loss_forward(
+        to_device(token_BT), to_device(target_BT), run.params, cfg, noise, training.smoothing
+    )
+    grads = model.loss_backward(xp.ones((), dtype), cache)
+    *facts, norm = to_host_together([*tree.leaves(report), optimizer.norm(grads)])
     report, norm = tree.from_leaves(report, facts), float(norm)
-    _require_finite("loss", float(report.cross_entropy + report.aux), run)
-    _require_finite("gradient norm", norm, run)
+    _require_finite("loss", float(report.cross_entropy + report.aux), run, step + 1)
+    _require_finite("gradient norm", norm, run, step + 1)
     scale = 1.0 if training.clip is None else min(1.0, training.clip / max(norm, 1e-12))
     rate = training.rate_at(step)
     optimizer.update(run.params, grads, run.state, training.optimizer, step, rate, scale)
@@ -286,6 +288,7 @@ def _empty_series(cfg: ModelConfig, steps: int) -> Series:
 
 def _evaluate_now(run: Run) -> None:
     found = evaluate(run.params, run.cfg, run.corpus.validation)
+    _require_finite("validation loss", found.loss, run, run.step)
     run.evaluations.append(
         {
             "step": run.step,
@@ -296,10 +299,17 @@ def _evaluate_now(run: Run) -> None:
     )
 
 
-def _require_finite(what: str, value: float, run: Run) -> None:
+def _save_finite(path: str | Path, run: Run) -> None:
+    """Save the run unless its weights blew up: the last good checkpoint is worth more."""
+    norm = float(to_host_together([optimizer.norm(run.params)])[0])
+    _require_finite("norm of the weights", norm, run, run.step)
+    save_run(path, run)
+
+
+def _require_finite(what: str, value: float, run: Run, step: int) -> None:
     if not math.isfinite(value):
         raise ValueError(
-            f"train: the {what} must stay finite, got {value} at step {run.step + 1} of "
+            f"train: the {what} must stay finite, got {value} at step {step} of "
             f"{run.training.steps}. Lower the learning rate, or clip the gradients."
         )
 

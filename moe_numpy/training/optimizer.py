@@ -33,9 +33,9 @@ def init_state(params: tree.Tree, cfg: AdamW | SGD) -> OptimizerState:
     return OptimizerState(tree.map(xp.zeros_like, params), second)
 
 
-def gradient_norm(grads: tree.Tree) -> Array:
-    """Compute the Euclidean norm of all gradients together, shape ()."""
-    return xp.sqrt(sum(xp.vdot(leaf, leaf) for leaf in tree.leaves(grads)))
+def norm(arrays: tree.Tree) -> Array:
+    """Compute the Euclidean norm of all arrays of a tree together, shape ()."""
+    return xp.sqrt(sum(xp.vdot(leaf, leaf) for leaf in tree.leaves(arrays)))
 
 
 def update(

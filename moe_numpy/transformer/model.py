@@ -115,15 +115,15 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
     while caches:  # 2.
         dx_BTC, dblock = block.block_backward(dx_BTC, daux, caches.pop())
         dblocks.insert(0, dblock)
-    dposition_TC = None
+    dposition = None
     if params.position_TC is not None:  # 1.
-        dposition_TC = xp.zeros_like(params.position_TC)
-        dposition_TC[: dx_BTC.shape[1]] = dx_BTC.sum(0)
+        dposition = xp.zeros_like(params.position_TC)
+        dposition[: dx_BTC.shape[1]] = dx_BTC.sum(0)
     dtoken_VC = linear.embedding_backward(dx_BTC, token_cache)
     if params.head_CV is None:
         dtoken_VC = dtoken_VC + dhead_CV.T
         dhead_CV = None
-    return ModelParams(dtoken_VC, dposition_TC, tuple(dblocks), dnorm, dhead_CV)
+    return ModelParams(dtoken_VC, dposition, tuple(dblocks), dnorm, dhead_CV)
 
 
 def loss_forward(
