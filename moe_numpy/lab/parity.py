@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_numpy import backend
+from moe_numpy import backend, progress
 from moe_numpy.config import LearnedNoise, ModelConfig, MoEConfig, SwitchLoss, TrainingConfig
 from moe_numpy.lab import records
 from moe_numpy.training import data, loop
 
 LIMITS = {"float32": 1e-4, "float64": 1e-10}  # relative difference of the losses
+WIDTH = 64  # of the model whose losses are compared
 WIDTHS = (32, 64, 128, 256, 512)
 TIMED = 5  # steps timed at each width, after one that warms up
 
@@ -66,8 +67,11 @@ def _new_run(corpus: data.Corpus, width: int, steps: int, dtype: str) -> loop.Ru
 
 def _losses(name: str, corpus: data.Corpus, steps: int, dtype: str) -> np.ndarray:
     with backend.use_backend(name):
-        run = _new_run(corpus, 64, steps, dtype)
-        loop.train(run, evaluate_every=steps)
+        run = _new_run(corpus, WIDTH, steps, dtype)
+        with progress.bar(steps, f"{name} {dtype}", "step") as bar:
+            for _ in range(steps):
+                loop.take_step(run)
+                bar.update()
     return run.series.cross_entropy
 
 
