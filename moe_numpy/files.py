@@ -32,7 +32,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
 
 def write_json(path: str | Path, record: Any) -> None:
     """Write a record as JSON, atomically; numbers that are not finite are refused."""
-    text = json.dumps(record, indent=1, allow_nan=False)
+    text = json.dumps(record, allow_nan=False)
     write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
 
 

@@ -56,15 +56,17 @@ def plot_effective(ax: Axes, record: dict[str, Any]) -> Axes:
             ax.scatter(x + shift + spread, values, s=26, linewidth=1.3, zorder=3, **style)
     ax.axhline(E, color=NEUTRAL, linewidth=0.8, linestyle=":")
     ax.axhline(E / 2, color=NEUTRAL, linewidth=0.8, linestyle="--")
-    ax.text(-0.45, E / 2 + 0.1, "collapsed below this line", color=NEUTRAL, fontsize=8)
+    ax.text(-0.45, E / 2 + E / 80, "collapsed below this line", color=NEUTRAL, fontsize=8)
     filled = ax.scatter([], [], color=GOOD, s=26)
     hollow = ax.scatter([], [], facecolor="none", edgecolor=BAD, s=26)
     ax.legend(
         [filled, hollow],
         ["load in training", "choice of the clean router (no noise, no limits)"],
-        loc="lower right",
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.08),
+        ncols=2,
         fontsize=8,
-        framealpha=0.9,
+        frameon=False,
     )
     ax.set(ylim=(0.5, E + 0.6), ylabel=f"effective experts of {E}")
     ax.set_title("Effective experts at the end: one dot for each seed and layer")

@@ -1,0 +1,87 @@
+"""The README shows what the committed records say, and its commands and example work."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_numpy import files
+from moe_numpy.lab import collapse, plots
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+SHAKESPEARE = {
+    "dense": "dense",
+    "moe": "8 experts of half the hidden width, top-2",
+    "mixtral": "the same in Mixtral's style",
+}
+
+
+def record(name):
+    return files.read_json(ROOT / "figures" / f"{name}.json")
+
+
+def shakespeare_table():
+    runs = {label: record(f"shakespeare_{name}") for name, label in SHAKESPEARE.items()}
+    lines = ["| model | validation loss |", "|---|---|"]
+    lines += [f"| {label} | {run['validation_loss']:.3f} |" for label, run in runs.items()]
+    references = next(iter(runs.values()))["references"]
+    lines += [f"| {name} count model | {references[name]:.3f} |" for name in plots.NGRAMS[1:]]
+    return "\n".join(lines)
+
+
+def test_the_tables_are_those_of_the_records():
+    assert collapse.table(record("collapse")) in README
+    assert shakespeare_table() in README
+
+
+def test_what_the_text_says_of_the_collapse_study_holds_in_its_record():
+    found = {condition["name"]: condition["runs"] for condition in record("collapse")["conditions"]}
+    E = record("collapse")["num_experts"]
+
+    def layers(name, key):
+        return [value for run in found[name] for value in run[key]]
+
+    def mean_loss(name):
+        return sum(run["validation_loss"] for run in found[name]) / len(found[name])
+
+    assert all(layers("no cure", "collapsed"))
+    assert any(layers("noise", "collapsed")) and not all(layers("noise", "collapsed"))
+    for name in ("capacity", "noise + capacity"):
+        assert min(layers(name, "effective_experts")) > 0.85 * E
+        assert max(layers(name, "effective_experts_clean")) < E / 2
+    clean = {name: sum(layers(name, "effective_experts_clean")) for name in found}
+    assert max(clean, key=clean.get) == "Switch loss"
+    assert all(mean_loss(name) > mean_loss("no cure") for name in found if name != "no cure")
+
+
+def test_the_shakespeare_runs_were_trained_as_the_text_says():
+    for name in SHAKESPEARE:
+        run = record(f"shakespeare_{name}")
+        cfg, training = run["config"], run["training"]
+        sizes = [cfg[key] for key in ("layers", "heads", "width", "context")]
+        assert [*sizes, training["batch"], training["steps"]] == [4, 4, 128, 64, 12, 2000]
+        assert run["corpus"]["train"] + run["corpus"]["validation"] == 1_115_394
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "figures").glob("*.png")])
+def test_every_figure_has_its_record(name):
+    assert plots.draw(record(name), Path(name)).axes
+
+
+def test_quick_start_is_two_commands_of_one_line():
+    quick = README.split("## Quick start")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", quick, flags=re.S)
+    assert [len(block.strip().splitlines()) for block in blocks] == [1, 1]
+    assert "collapse" in blocks[0] and "pytest" in blocks[1]
+
+
+def test_the_example_runs():
+    [example] = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(32, 8)" in done.stdout
