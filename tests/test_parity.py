@@ -25,7 +25,7 @@ def test_a_backend_that_computes_something_else_fails(monkeypatch):
     other = type(backend.xp)("other")
     vars(other).update(vars(real("numpy")), __name__="other")
     monkeypatch.setattr(backend, "_library", lambda name: other if name == "cupy" else real(name))
-    monkeypatch.setattr(backend, "few_launches", lambda: False)
+    monkeypatch.setattr(experts, "few_launches", lambda: False)
     monkeypatch.setattr(experts, "experts_forward", off)
     record = parity.run_parity(steps=2, widths=(), names=("numpy", "cupy"))
     assert not record["losses"]["float64"]["passed"]

@@ -76,12 +76,13 @@ def _losses(name: str, corpus: data.Corpus, steps: int, dtype: str) -> np.ndarra
 
 
 def _milliseconds(name: str, corpus: data.Corpus, width: int) -> float:
-    """Time a training step; it ends with its losses on the host, so all work is done by then."""
+    """Time a training step, up to the last parameter that it moves."""
     took = []
     with backend.use_backend(name):
         run = _new_run(corpus, width, TIMED + 1, "float32")
         for _ in range(TIMED + 1):
             started = time.perf_counter()
             loop.take_step(run)
+            backend.to_host(run.params.norm.gain_C)
             took.append(1e3 * (time.perf_counter() - started))
     return statistics.median(took[1:])

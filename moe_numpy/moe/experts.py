@@ -93,10 +93,11 @@ def padded_linear_forward(
     Source     Lepikhin et al. 2020, GShard, section 3.2; differs: P is what is needed, none drop
     """
     E, I, O = w_EIO.shape
-    counts = [end - start for start, end in itertools.pairwise(offsets)]
-    P = max(counts)
-    flat = [e * P + p for e, count in enumerate(counts) for p in range(count)]
-    place_R = to_device(flat, "int64")
+    P = max(end - start for start, end in itertools.pairwise(offsets))
+    row_R = xp.arange(x_RI.shape[0])
+    start_E, end_E = to_device(offsets[:-1]), to_device(offsets[1:])
+    expert_R = xp.searchsorted(end_E, row_R, side="right")
+    place_R = expert_R * P + row_R - start_E[expert_R]
     x_EPI = _pad(x_RI, place_R, (E, P, I))  # 1. pad
     y_EPO = x_EPI @ w_EIO  # 2. one product
     return y_EPO.reshape(E * P, O)[place_R], (x_EPI, w_EIO, place_R)  # 3. unpad
