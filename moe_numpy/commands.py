@@ -42,7 +42,7 @@ def collapse(options: argparse.Namespace) -> int:
     from moe_numpy.lab import plots
 
     folder = options.out or ("figures/quick" if options.quick else "figures")
-    quick = {"steps": 80, "seeds": 2} if options.quick else {"steps": 300, "seeds": 4}
+    quick = {"steps": 80, "seeds": 2} if options.quick else {"steps": 250, "seeds": 4}
     seeds = options.seeds or quick["seeds"]
     study = study_module.Study(
         num_experts=options.experts,
@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         more="Takes a minute or two; --quick shows the same in a fraction of it.",
     )
     sub.add_argument("--quick", action="store_true", help="fewer steps and seeds, own folder")
-    sub.add_argument("--steps", type=_positive, help="training steps of a run (300)")
+    sub.add_argument("--steps", type=_positive, help="training steps of a run (250)")
     sub.add_argument("--seeds", type=_positive, help="number of seeds (4)")
     sub.add_argument("--experts", type=int, default=16, help="experts in a layer (%(default)s)")
     sub.add_argument("--top-k", type=int, default=1, help="experts per token (%(default)s)")

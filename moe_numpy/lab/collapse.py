@@ -48,7 +48,7 @@ class Study:
     heads: int = 4
     context: int = 64
     batch: int = 12
-    steps: int = 300
+    steps: int = 250
     rate: float = 1e-3
     seeds: tuple[int, ...] = (0, 1, 2, 3)
 
