@@ -45,7 +45,7 @@ TABLE = [
     ([*TRAIN, "--overflow", "drop"], r"--overflow must come with --capacity"),
     ([*TRAIN, "--noise-scale", "1"], r"--noise-scale must come with --noise"),
     ([*TRAIN, "--noise", "jitter", "--noise-scale", "2"], r"0 < eps < 1, got 2\.0"),
-    ([*TRAIN, "--noise", "gaussian", "--noise-scale", "-1"], r"std must be positive and finite, got -1\.0"),
+    ([*TRAIN, "--noise", "gaussian", "--noise-scale", "-1"], r"std must be .*got -1\.0"),
     ([*TRAIN, "--noise", "gaussian", "--noise-scale", "inf"], r"std must be .*got inf"),
     ([*TRAIN, "--balance", "swich"], r"--balance must name terms of switch,.*got 'swich'.*example"),
     ([*TRAIN, "--balance", "switch=x"], r"--balance must .*got 'switch=x'.*example"),
