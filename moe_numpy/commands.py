@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -28,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     except backend.BackendError as error:
         print(f"moe_numpy {options.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"moe_numpy {options.command}: error: {error}", file=sys.stderr)
         return 1
@@ -42,19 +46,20 @@ def collapse(options: argparse.Namespace) -> int:
     from moe_numpy.lab import plots
 
     folder = options.out or ("figures/quick" if options.quick else "figures")
-    quick = {"steps": 80, "seeds": 2} if options.quick else {"steps": 250, "seeds": 4}
-    seeds = options.seeds or quick["seeds"]
+    steps, seeds = (80, 2) if options.quick else (250, 4)
+    seeds = options.seeds or seeds
     study = study_module.Study(
         num_experts=options.experts,
         top_k=options.top_k,
-        steps=options.steps or quick["steps"],
+        steps=options.steps or steps,
         seeds=tuple(range(seeds)),
     )
+    conditions = list(study.conditions())
     files.require_folder(folder)
     _say(
         options,
-        f"Training {len(study.conditions())} conditions x {seeds} seeds, {study.steps} steps "
-        f"each: {', '.join(study.conditions())}.",
+        f"Training {len(conditions)} conditions x {seeds} seeds, {study.steps} steps each: "
+        f"{', '.join(conditions)}.",
     )
     record = study_module.run_study(study, options.processes, options.backend)
     files.write_json(Path(folder, "collapse.json"), record)
@@ -225,6 +230,17 @@ def figures(options: argparse.Namespace) -> int:
     return 0
 
 
+def notebooks(options: argparse.Namespace) -> int:
+    """Build the notebooks from their sources and run them from top to bottom."""
+    from moe_numpy.classroom import lessons
+
+    for source in lessons.sources(options.folder, options.names):
+        print(f"{source} ...", end="", flush=True)
+        path = lessons.write(source)
+        print(f" {path.name}, {path.stat().st_size // 1024} kB")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moe_numpy",
@@ -300,6 +316,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--steps", type=_positive, default=200, help="to compare (%(default)s)")
     sub.add_argument("--out", default="figures", help="folder of figure and record (%(default)s)")
+
+    sub = command(notebooks, "build the notebooks from their sources and run them")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="only these, e.g. 06 (all)")
+    sub.add_argument("--folder", default="notebooks", help="of the sources (%(default)s)")
 
     sub = command(figures, "draw every figure anew from its record")
     sub.add_argument("folder", nargs="?", default="figures", help="(%(default)s)")

@@ -1,7 +1,7 @@
 """Write down what CuPy offers, in `cupy_interface.json`: run by hand with each release of CuPy.
 
-    python -m venv /tmp/cupy && /tmp/cupy/bin/pip install cupy-cuda12x
-    /tmp/cupy/bin/python tests/make_cupy_interface.py
+    python -m venv cupy-env && cupy-env/bin/pip install cupy-cuda12x
+    cupy-env/bin/python tests/make_cupy_interface.py
 
 CuPy imports without a GPU and without a driver, so this needs neither. Names and parameters come
 from `inspect`, or from the first line of a docstring where CuPy is compiled. What cannot be looked

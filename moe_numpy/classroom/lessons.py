@@ -1,0 +1,100 @@
+"""Notebooks: built from percent-format sources, executed, and the same to the byte each time.
+
+People edit and review `notebooks/NN_name.py`; the `.ipynb` beside it is built from that file and
+committed executed, so that it reads well wherever it is only displayed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from moe_numpy import files
+
+TIMEOUT = 120  # seconds for one cell
+STRICT = """import warnings
+warnings.simplefilter("error")
+warnings.filterwarnings("default", module="ipykernel")
+del warnings"""
+
+
+def sources(folder: str | Path, names: list[str] | None = None) -> list[Path]:
+    """List the sources of a folder, all or those whose names start as given ("06").
+
+    Raises
+    ------
+    ValueError
+        if a name fits no source.
+    """
+    found = sorted(Path(folder).glob("[0-9]*.py"))
+    if not names:
+        return found
+    for name in names:
+        if not any(path.stem.startswith(name) for path in found):
+            known = ", ".join(path.stem for path in found)
+            raise ValueError(f"notebooks: there must be a source {name}*.py, got only {known}.")
+    return [path for path in found if path.stem.startswith(tuple(names))]
+
+
+def build(source: str | Path) -> Any:
+    """Build the notebook of a source, without outputs; each cell's id follows from its place.
+
+    Returns
+    -------
+    nbformat.NotebookNode
+    """
+    import jupytext
+    import nbformat
+
+    notebook = jupytext.read(source)
+    for place, cell in enumerate(notebook.cells):
+        digest = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
+        cell["id"] = f"{place:03d}-{digest}"
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    nbformat.validate(notebook)
+    return notebook
+
+
+def execute(notebook: Any, folder: str | Path) -> Any:
+    """Run every cell from top to bottom in a fresh kernel, in place; a warning is an error.
+
+    Matrix products run on one thread, so that two runs give the same bits.
+
+    Raises
+    ------
+    nbclient.exceptions.CellExecutionError
+        if a cell fails.
+    """
+    from nbclient import NotebookClient
+
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(folder)}},
+    )
+    one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    with client.setup_kernel(env=one_thread):
+        client.kc.execute(STRICT, silent=True, store_history=False)
+        for place, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, place)
+    return notebook
+
+
+def write(source: Path) -> Path:
+    """Build and execute the notebook of a source and write it beside it, atomically."""
+    import nbformat
+
+    path = source.with_suffix(".ipynb")
+    text = nbformat.writes(execute(build(source), source.parent)) + "\n"
+    files.write_atomically(path, lambda file: file.write(text.encode()))
+    return path
