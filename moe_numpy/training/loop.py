@@ -150,20 +150,20 @@ def evaluate(
 ) -> Evaluation:
     """Measure the loss over consecutive windows of `ids`, without noise and without limits."""
     cfg = cfg.evaluation()
-    token_NT, target_NT = data.windows(ids, cfg.context)
+    token_WT, target_WT = data.windows(ids, cfg.context)  # W windows of T tokens
     experts = cfg.moe.num_experts if cfg.moe else 0
     total, wished = 0.0, np.zeros((cfg.moe_count, experts))
     decisive = np.zeros(cfg.moe_count)
-    for start in range(0, len(token_NT), batch):
-        token_BT = to_device(token_NT[start : start + batch])
-        target_BT = to_device(target_NT[start : start + batch])
+    for start in range(0, len(token_WT), batch):
+        token_BT = to_device(token_WT[start : start + batch])
+        target_BT = to_device(target_WT[start : start + batch])
         _, report, _ = model.loss_forward(token_BT, target_BT, params, cfg)
         report = tree.from_leaves(report, to_host_together(tree.leaves(report)))
         total += float(report.cross_entropy) * len(token_BT)
         if report.layers:
             wished = wished + _stack(report, "wished_E")
             decisive = decisive + _stack(report, "decisiveness") * len(token_BT)
-    return Evaluation(total / len(token_NT), wished.astype(int), decisive / len(token_NT))
+    return Evaluation(total / len(token_WT), wished.astype(int), decisive / len(token_WT))
 
 
 def save_run(path: str | Path, run: Run) -> None:
