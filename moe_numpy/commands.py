@@ -45,6 +45,8 @@ def collapse(options: argparse.Namespace) -> int:
     from moe_numpy.lab import collapse as study_module
     from moe_numpy.lab import plots
 
+    if options.settings:
+        return _collapse_settings(options)
     folder = options.out or ("figures/quick" if options.quick else "figures")
     steps, seeds = (80, 2) if options.quick else (250, 4)
     seeds = options.seeds or seeds
@@ -70,6 +72,19 @@ def collapse(options: argparse.Namespace) -> int:
     print(study_module.table(record))
     print(f"\n{record['definition']}")
     print(f"Figure: {Path(folder, 'collapse.png')}   record: {Path(folder, 'collapse.json')}")
+    return 0
+
+
+def _collapse_settings(options: argparse.Namespace) -> int:
+    from moe_numpy.lab import plots, rich_get_richer
+
+    folder = options.out or "figures"
+    files.require_folder(folder)
+    record = rich_get_richer.run_settings(show_progress=True)
+    files.write_json(Path(folder, "collapse_settings.json"), record)
+    picture = Path(folder, "collapse_settings.png")
+    plots.save(plots.draw(record, picture), picture)
+    print(json.dumps(record) if options.json else rich_get_richer.table(record))
     return 0
 
 
@@ -264,6 +279,11 @@ def _parser() -> argparse.ArgumentParser:
         more="Takes a minute or two; --quick shows the same in a fraction of it.",
     )
     sub.add_argument("--quick", action="store_true", help="fewer steps and seeds, own folder")
+    sub.add_argument(
+        "--settings",
+        action="store_true",
+        help="instead: where collapse happens and where not, on tasks of clusters (chapter 07)",
+    )
     sub.add_argument("--steps", type=_positive, help="training steps of a run (250)")
     sub.add_argument("--seeds", type=_positive, help="number of seeds (4)")
     sub.add_argument("--experts", type=int, default=16, help="experts in a layer (%(default)s)")

@@ -87,7 +87,21 @@ def execute(notebook: Any, folder: str | Path) -> Any:
         client.kc.execute(STRICT, silent=True, store_history=False)
         for place, cell in enumerate(notebook.cells):
             client.execute_cell(cell, place)
+            if cell.cell_type == "code":
+                cell.outputs = _merge_streams(cell.outputs)
     return notebook
+
+
+def _merge_streams(outputs: list) -> list:
+    """Join pieces of one stream: where a kernel splits what is printed is a matter of timing."""
+    merged: list = []
+    for output in outputs:
+        before = merged[-1] if merged else None
+        if before and output.output_type == "stream" and output.name == before.get("name"):
+            before.text += output.text
+        else:
+            merged.append(output)
+    return merged
 
 
 def write(source: Path) -> Path:

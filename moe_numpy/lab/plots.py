@@ -186,7 +186,18 @@ def parity_figure(record: dict[str, Any]) -> Figure:
     return figure
 
 
-DRAWN_BY = {"collapse": collapse_figure, "training": training_figure, "parity": parity_figure}
+def _settings_figure(record: dict[str, Any]) -> Figure:
+    from moe_numpy.lab import collapse_pictures  # here, since its pictures are made of these
+
+    return collapse_pictures.settings_figure(record)
+
+
+DRAWN_BY = {
+    "collapse": collapse_figure,
+    "collapse_settings": _settings_figure,
+    "training": training_figure,
+    "parity": parity_figure,
+}
 
 
 def draw(record: dict[str, Any], source: Path) -> Figure:

@@ -1,0 +1,223 @@
+"""Checks for the exercises of chapter 06: each returns one line that says what went wrong.
+
+A check runs the learner's function on a small generic batch and compares it with a judge that
+shares no formula with the package: loops, or central differences of the forward. A wrong answer is
+then compared with what typical mistakes would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from moe_numpy.moe import capacity, router
+from moe_numpy.ops import activation, softmax
+
+N, E, K, C = 7, 5, 3, 4
+STEP = 1e-4  # of the central differences
+CLOSE = 1e-6  # relative to the largest number of the right answer
+
+
+def check_dispatch_backward(fn: Callable) -> str:
+    """Judge ``fn(dx_RC, token_R, N) -> dx_NC``, the gradient of ``x_RC = x_NC[token_R]``."""
+    rng = np.random.default_rng(61)
+    logit_NE = rng.standard_normal((N, E))
+    expert_NK = router.top_k(logit_NE, K)
+    token_R = capacity.make_plan(expert_NK, logit_NE, logit_NE, None)[1].token_R
+    dx_RC = rng.standard_normal((N * K, C))
+
+    right = np.zeros((N, C))
+    for r in range(N * K):
+        for c in range(C):
+            right[token_R[r], c] += dx_RC[r, c]
+    last = np.zeros((N, C))
+    last[token_R] += dx_RC  # on zeros the same as `=`: of equal indices the last one wins
+    mistakes = {
+        "only the last copy of each token counts: `dx_NC[token_R] += dx_RC` reads and writes a "
+        "token once, so its duplicates are lost (and `=` overwrites); use np.add.at, or loop over "
+        "the rows": last,
+        "the mean over a token's copies was taken; copying sends back their sum": right / K,
+        "the rows were read as if they stood in token order; they are sorted by expert": (
+            dx_RC.reshape(N, K, C).sum(1)
+        ),
+    }
+    return verdict(fn, (dx_RC, token_R, N), right, mistakes)
+
+
+def check_divided_gate_backward(fn: Callable) -> str:
+    """Judge ``fn(dgate_NK, prob_NE, expert_NK) -> dlogit_NE`` for gates divided by their sum.
+
+    The forward is ``prob = softmax(logit)``, ``gate = prob[chosen] / sum(prob[chosen])``.
+    """
+    rng = np.random.default_rng(62)
+    logit_NE = rng.standard_normal((N, E))
+    expert_NK = router.top_k(logit_NE, K)
+    dgate_NK = rng.standard_normal((N, K))
+    prob_NE = softmax.softmax_forward(logit_NE)[0]
+
+    def gate(z_NE: np.ndarray) -> np.ndarray:
+        kept_NK = np.take_along_axis(np.exp(z_NE), expert_NK, 1)
+        return kept_NK / kept_NK.sum(1, keepdims=True)
+
+    def through_softmax(dkept_NK: np.ndarray) -> np.ndarray:
+        return softmax.softmax_backward(_scatter(dkept_NK, expert_NK), (prob_NE,))
+
+    sum_N1 = np.take_along_axis(prob_NE, expert_NK, 1).sum(1, keepdims=True)
+    gate_NK = np.take_along_axis(prob_NE, expert_NK, 1) / sum_N1
+    inner_NK = dgate_NK - (gate_NK * dgate_NK).sum(1, keepdims=True)
+    mistakes = {
+        "the renormalizing sum was treated as a constant; it depends on every chosen "
+        "probability": through_softmax(dgate_NK / sum_N1),
+        "this is the gradient of the raw gates: the division by the sum is missing": (
+            through_softmax(dgate_NK)
+        ),
+        "this is the gradient of the probabilities; the way back through the softmax is missing": (
+            _scatter(inner_NK / sum_N1, expert_NK)
+        ),
+        "the softmax was undone as if each gate depended on its own logit alone": (
+            _scatter(gate_NK * (1 - gate_NK) * dgate_NK, expert_NK)
+        ),
+        "the gradients stand in the order of the choices, not under the experts that were "
+        "chosen": np.pad(gate_NK * inner_NK, ((0, 0), (0, E - K))),
+    }
+    right = _slopes(gate, logit_NE, dgate_NK)
+    return verdict(fn, (dgate_NK, prob_NE, expert_NK), right, mistakes, expert_NK)
+
+
+def check_sigmoid_gate_backward(fn: Callable) -> str:
+    """Judge ``fn(dgate_NK, logit_NE, expert_NK) -> dlogit_NE`` for normalized sigmoid gates.
+
+    The forward is ``s = sigmoid(logit[chosen])``, ``gate = s / sum(s)``.
+    """
+    rng = np.random.default_rng(63)
+    logit_NE = rng.standard_normal((N, E))
+    expert_NK = router.top_k(logit_NE, K)
+    dgate_NK = rng.standard_normal((N, K))
+
+    def gate(z_NE: np.ndarray) -> np.ndarray:
+        s_NK = 1 / (1 + np.exp(-np.take_along_axis(z_NE, expert_NK, 1)))
+        return s_NK / s_NK.sum(1, keepdims=True)
+
+    s_NK = activation.sigmoid_forward(np.take_along_axis(logit_NE, expert_NK, 1))[0]
+    sum_N1 = s_NK.sum(1, keepdims=True)
+    gate_NK = s_NK / sum_N1
+    inner_NK = dgate_NK - (gate_NK * dgate_NK).sum(1, keepdims=True)
+    slope_NK = s_NK * (1 - s_NK)
+    soft_NK = softmax.softmax_forward(np.take_along_axis(logit_NE, expert_NK, 1))[0]
+    soft_inner_NK = dgate_NK - (soft_NK * dgate_NK).sum(1, keepdims=True)
+    mistakes = {
+        "the renormalizing sum was treated as a constant; it depends on every chosen score": (
+            _scatter(dgate_NK / sum_N1 * slope_NK, expert_NK)
+        ),
+        "this is the gradient of softmax gates; here the scores are sigmoids": (
+            _scatter(soft_NK * soft_inner_NK, expert_NK)
+        ),
+        "gate (dgate - m) is the rule of the softmax; a sigmoid has the slope s (1 - s)": (
+            _scatter(gate_NK * inner_NK, expert_NK)
+        ),
+        "the slope of the sigmoid, s (1 - s), is missing": _scatter(inner_NK / sum_N1, expert_NK),
+        "the gates were not divided by their sum, here they are": (
+            _scatter(dgate_NK * slope_NK, expert_NK)
+        ),
+        "the division by the sum is missing in front of the bracket": (
+            _scatter(inner_NK * slope_NK, expert_NK)
+        ),
+    }
+    right = _slopes(gate, logit_NE, dgate_NK)
+    return verdict(fn, (dgate_NK, logit_NE, expert_NK), right, mistakes, expert_NK)
+
+
+def verdict(
+    fn: Callable,
+    args: tuple,
+    right: np.ndarray,
+    mistakes: dict[str, np.ndarray],
+    expert_NK: np.ndarray | None = None,
+) -> str:
+    """Run the learner's function and say in one line how it fared.
+
+    Parameters
+    ----------
+    args : of the function; it gets copies.
+    right : array, the judge's answer.
+    mistakes : what typical mistakes would have given, by their explanation.
+    expert_NK : if given, a gradient beside these experts is itself a mistake.
+    """
+    given = tuple(np.copy(a) if isinstance(a, np.ndarray) else a for a in args)
+    try:
+        answer = fn(*given)
+    except NotImplementedError as todo:
+        return f"not solved yet: {todo}"
+    except Exception as error:
+        return f"the function stopped with {type(error).__name__}: {error}"
+    complaint = _form(answer, right)
+    if complaint:
+        return complaint
+    if any(not np.array_equal(a, b) for a, b in zip(args, given, strict=True)):
+        return "the function changed its arguments; work on a copy, others still need them"
+    if _equal(answer, right):
+        return f"right: {right.size} numbers agree with the judge"
+    return f"wrong: {_cause(np.asarray(answer), right, mistakes, expert_NK)}"
+
+
+def _form(answer: object, right: np.ndarray) -> str | None:
+    if answer is None:
+        return "the function returned nothing; does it end with `return`?"
+    if np.shape(answer) != right.shape:
+        return f"the answer must have the shape {right.shape}, got {np.shape(answer)}"
+    if not np.isfinite(answer).all():
+        return "the answer holds NaN or infinity; was something divided by zero, or 0 * inf formed?"
+    return None
+
+
+def _cause(
+    answer: np.ndarray,
+    right: np.ndarray,
+    mistakes: dict[str, np.ndarray],
+    expert_NK: np.ndarray | None,
+) -> str:
+    """Name the mistake, or else say where the answer is furthest off."""
+    if not answer.any():
+        return "every number is zero; nothing was written into the answer"
+    for explanation, wrong in mistakes.items():
+        if _equal(answer, wrong):
+            return explanation
+    if _equal(answer, -right):
+        return "the sign is turned around"
+    factor = float((answer * right).sum() / (right * right).sum())
+    if _equal(answer, factor * right):
+        return f"everything is {factor:.4g} times too large"
+    if expert_NK is not None:
+        unchosen = np.ones(right.shape, bool)
+        np.put_along_axis(unchosen, expert_NK, False, 1)
+        if np.abs(answer[unchosen]).max() > CLOSE:
+            return "unselected logits got a gradient; these gates do not depend on them"
+    off = np.abs(answer - right)
+    n, i = np.unravel_index(int(off.argmax()), off.shape)
+    count = int((off > CLOSE * np.abs(right).max()).sum())
+    return (
+        f"{count} of {right.size} numbers differ, most at [{n}, {i}]: "
+        f"yours {answer[n, i]:.6g}, the judge's {right[n, i]:.6g}"
+    )
+
+
+def _equal(answer: object, right: np.ndarray) -> bool:
+    return bool(np.abs(np.asarray(answer) - right).max() <= CLOSE * np.abs(right).max())
+
+
+def _scatter(chosen_NK: np.ndarray, expert_NK: np.ndarray) -> np.ndarray:
+    out_NE = np.zeros((len(expert_NK), E))
+    np.put_along_axis(out_NE, expert_NK, chosen_NK, 1)
+    return out_NE
+
+
+def _slopes(gate: Callable, logit_NE: np.ndarray, dgate_NK: np.ndarray) -> np.ndarray:
+    """Differentiate <dgate, gate> by central differences, one logit after the other."""
+    slope_NE = np.empty_like(logit_NE)
+    for place in np.ndindex(logit_NE.shape):
+        up, down = logit_NE.copy(), logit_NE.copy()
+        up[place] += STEP
+        down[place] -= STEP
+        slope_NE[place] = ((gate(up) - gate(down)) * dgate_NK).sum() / (2 * STEP)
+    return slope_NE

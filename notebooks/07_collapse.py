@@ -1,0 +1,515 @@
+# %% [markdown]
+# # 07 Collapse
+#
+# A router that is left alone can send nearly all tokens to a few experts. The others then learn
+# nothing, and the model pays for parameters that it never uses. This chapter shows why that
+# happens, measures it, and finds out when it does *not* happen.
+#
+# **After this chapter you can**
+#
+# - derive the gradient of a top-1 router and say which expert it pushes up, and when;
+# - define collapse by a number, and compute that number by hand;
+# - tell a balanced router from a healthy one;
+# - tell what a cure does to the *load in training* from what it does to the *choice of the router*.
+#
+# **Builds on** chapter 06 (top-k gates and their gradients). **Time** about 45 minutes of reading;
+# the cells run in seconds. **The key moment** is the picture of eight experts in their first
+# hundred steps, and, soon after, the same layer on another task that does not collapse.
+
+# %%
+# %matplotlib inline
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Image
+
+from moe_numpy import files
+from moe_numpy.classroom import exercises_07
+from moe_numpy.lab import collapse, metrics, plots, rich_get_richer
+from moe_numpy.lab import collapse_pictures as pictures
+from moe_numpy.moe import balance, router
+from moe_numpy.ops import softmax
+
+rng = np.random.default_rng(0)
+plt.rcParams.update({"figure.dpi": 68, "figure.constrained_layout.use": True})
+
+# %% [markdown]
+# ## Predict first
+#
+# Write your answers down before you read on. They cost a minute, and being wrong is the point.
+#
+# 1. Eight experts start with small random weights. A top-1 router sends every token to one of
+#    them. All tokens need the same job done. After a hundred steps, how many experts still work?
+# 2. Now there are eight kinds of tokens, each with a job of its own. How many now?
+# 3. A router spreads the tokens over its experts *perfectly evenly*. Is it a good router?
+
+# %% [markdown]
+# ## 1. Why a top-1 router feeds itself
+#
+# There are $N$ tokens and $E$ experts. The router gives each token a row of **logits**, and a
+# softmax makes **probabilities** of them: `prob[n, e]`, shape $(N, E)$, each row adding up to 1.
+# Top-1 chooses the best expert of the token, which we call $c$ (for *chosen*; it depends on $n$).
+# With a **raw** gate the expert's output $o$, a vector of $C$ numbers, is multiplied by the chosen
+# probability:
+#
+# $$ gate[n] = prob[n, c], \qquad y[n] = gate[n] \; o[n] . $$
+#
+# Training makes the loss $L$ smaller. Write $dy[n]$ for the gradient of $L$ with respect to $y[n]$.
+# The chain rule takes us back to the logits, one line after the other.
+#
+# **From $y$ to the gate.** $y$ is the gate times $o$, so the derivative is a scalar product:
+#
+# $$ u[n] = \frac{\partial L}{\partial gate[n]} = o[n] \cdot dy[n] . $$
+#
+# **From the gate to the probabilities.** Only $prob[n, c]$ was read. It gets $u[n]$; the others get
+# 0.
+#
+# **From the probabilities to the logits.** For a softmax,
+# $\partial prob[n,c] / \partial logit[n,j] = prob[n,c] \, (\delta_{cj} - prob[n,j])$, where
+# $\delta_{cj}$ is 1 if $j = c$ and 0 otherwise. Multiply by $u[n]$:
+#
+# $$ \frac{\partial L}{\partial logit[n,c]} = u[n] \, prob[n,c] \, (1 - prob[n,c]), \qquad
+#    \frac{\partial L}{\partial logit[n,j]} = -u[n] \, prob[n,c] \, prob[n,j] \quad (j \neq c). $$
+#
+# **Read the signs.** Gradient descent moves *against* the gradient. If $u[n] < 0$, so that a larger
+# gate would lower the loss, the chosen logit **rises and every other logit falls**, although no
+# other expert was tried on this token. If $u[n] > 0$, it is the other way round.
+
+# %%
+figure, ax = plt.subplots(figsize=(6.2, 2.8))
+ax = pictures.plot_push(ax)
+
+# %% [markdown]
+# The two curves mirror each other: what the winner gains, the others lose. The push is weak when
+# the router is sure (right end), and also when the gate is tiny (left end).
+#
+# ### The same by loops
+#
+# Three tokens, three experts. We make up the logits and $u$: the first two tokens are served well
+# ($u < 0$), the third is served badly ($u > 0$).
+
+# %%
+logit_NE = np.array([[0.2, 0.0, -0.2], [0.5, 0.1, 0.0], [0.3, 0.1, 0.2]])
+u_N = np.array([-1.0, -0.5, 0.4])
+dlogit_NE = np.zeros((3, 3))
+for n in range(3):
+    total = sum(np.exp(logit_NE[n, j]) for j in range(3))
+    prob = [float(np.exp(logit_NE[n, j]) / total) for j in range(3)]
+    c = max(range(3), key=lambda j: prob[j])  # the chosen expert
+    print(f"token {n}: prob {np.round(prob, 3)}, chosen expert {c}, u = {u_N[n]:+.1f}")
+    for j in range(3):
+        dlogit_NE[n, j] = u_N[n] * prob[c] * ((j == c) - prob[j])
+        way = "down" if dlogit_NE[n, j] > 0 else "up"
+        print(f"    expert {j}: dlogit = {dlogit_NE[n, j]:+.4f}, so its logit moves {way}")
+
+# %% [markdown]
+# ### The package's version
+#
+# `raw_gate_backward` puts $u$ where the gate was read, `softmax_backward` does the last line.
+# `dgate_NK` has shape $(N, K)$ with $K = 1$ choice for each token.
+
+# %%
+prob_NE, prob_cache = softmax.softmax_forward(logit_NE)
+expert_NK = router.top_k(logit_NE, 1)
+gate_NK, gate_cache = router.raw_gate_forward(prob_NE, expert_NK)
+dprob_NE = router.raw_gate_backward(u_N[:, None], gate_cache)
+package_NE = softmax.softmax_backward(dprob_NE, prob_cache)
+assert np.allclose(package_NE, dlogit_NE, rtol=1e-12)
+print("package and loops agree; largest difference", np.abs(package_NE - dlogit_NE).max())
+
+figure, axes = plt.subplots(1, 2, figsize=(7, 2.9))
+titles = {"dprob: only the chosen entry": dprob_NE, "-dlogit: how the logits move": -package_NE}
+for ax, (title, values_NE) in zip(axes, titles.items(), strict=True):
+    pictures.plot_grid(ax, values_NE, range(3), range(3), title)
+
+# %% [markdown]
+# Rows 0 and 1 lift the chosen expert 0 and push the others down. Row 2 pushes expert 0 down:
+# **a top-1 router does not always reward the winner.** It rewards an expert whose output helps.
+#
+# ### Why the winner's output soon helps
+#
+# At the start the output $o$ is random, so $u = o \cdot dy$ is below zero for about half of the
+# tokens. Then the expert takes one step. Let its last layer be $o = h W$, with hidden units $h$ and
+# a matrix $W$, and let the learning rate be $\eta$:
+#
+# $$ dW = h^T (gate \; dy) \qquad \text{since } y = gate \; h W, $$
+# $$ W_{new} = W - \eta \, gate \, h^T dy \qquad \text{one step down}, $$
+# $$ o_{new} = h W_{new} = o - \eta \, gate \, |h|^2 \, dy \qquad \text{for the same token}, $$
+# $$ u_{new} = o_{new} \cdot dy = u - \eta \, gate \, |h|^2 \, |dy|^2 \qquad
+#    \text{with the same } dy . $$
+#
+# The last term is never positive. **Serving a token makes $u$ smaller for that token and for all
+# that look like it.** That closes the loop: being chosen, the expert learns; having learned, it has
+# $u < 0$; with $u < 0$ its logit rises and all others fall; so it is chosen again. An expert that
+# was not chosen has no gradient at all and stays as it was. Here are the four lines in numbers.
+
+# %%
+h, W = rng.standard_normal(4), 0.1 * rng.standard_normal((4, 3))  # hidden units; (4, C) with C = 3
+dy, gate, eta = rng.standard_normal(3), 0.3, 0.1
+u = (h @ W) @ dy
+W_new = W - eta * gate * np.outer(h, dy)
+u_new = (h @ W_new) @ dy
+print(f"u before the step  {u:+.4f}")
+print(f"u after the step   {u_new:+.4f}")
+print(f"the formula says   {u - eta * gate * (h @ h) * (dy @ dy):+.4f}")
+
+# %% [markdown]
+# ## 2. Collapse as a number
+#
+# "Nearly all tokens to a few experts" has to become a number before we can count it over seeds.
+#
+# The **load** is how many choices each expert got: `load_E`, shape $(E,)$. The **share** divides by
+# the sum, $share[e] = load[e] / \sum_j load[j]$, so shares add up to 1. The **entropy** and the
+# **effective experts** are
+#
+# $$ H = -\sum_e share[e] \, \log share[e], \qquad effective = \exp(H), $$
+#
+# with natural logarithms and $0 \log 0 = 0$. Three cases show what it counts.
+#
+# - *$k$ experts share evenly, the others get nothing:* each of $k$ terms is $-\frac1k \log
+#   \frac1k$, so $H = \log k$ and $effective = k$.
+# - *One expert has everything:* that is $k = 1$. It cannot be lower: every term
+#   $-share \log share$ is zero or more, so $H \ge 0$.
+# - *All $E$ share evenly:* that is $k = E$. It cannot be higher. Since $\log z \le z - 1$,
+#   $$ H - \log E = \sum_{share > 0} share[e] \log \frac{1}{E \, share[e]}
+#      \le \sum_{share > 0} \Big( \frac{1}{E} - share[e] \Big) \le 1 - 1 = 0 . $$
+#
+# So effective experts go from 1 to $E$. An expert is called **dead** if its share is below 1 %.
+#
+# ### By loops
+
+# %%
+load_E = np.array([6, 2, 4, 0])
+total, entropy = sum(load_E), 0.0
+for e, count in enumerate(load_E):
+    share = count / total
+    term = -share * np.log(share) if share > 0 else 0.0
+    entropy += term
+    print(f"expert {e}: load {count}, share {share:.3f}, -share log share = {term:.3f}")
+print(f"entropy {entropy:.3f}, effective experts exp(entropy) = {np.exp(entropy):.3f} of 4")
+
+# %% [markdown]
+# ### The package's version
+
+# %%
+assert np.isclose(metrics.effective_experts(load_E), np.exp(entropy), rtol=1e-12)
+print("package:", metrics.effective_experts(load_E).round(3), "effective,", end=" ")
+print(metrics.dead_experts(load_E), "dead, shares", metrics.share(load_E).round(3))
+for load in ([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]):
+    print(load, "->", metrics.effective_experts(load).round(3))
+
+figure, ax = plt.subplots(figsize=(6.2, 2.7))
+ax = pictures.plot_effective_of_shares(ax, 8)
+
+# %% [markdown]
+# **Our definition.** A layer has *collapsed* if its effective experts over the last tenth of
+# training are fewer than half of its experts. The line at one half is a convention. A yes or no
+# hides a lot, so we always show the number itself too.
+#
+# ## 3. Watch it happen
+#
+# We want a task so small that nothing can hide. The model is **one MoE layer**: $y = MoE(x)$, with
+# 8 experts, top-1, raw gates. The tokens are random vectors around one center, and the target of
+# each is a fixed smooth function of it: **one job** for all. The loss is the mean squared error;
+# answering zero costs about 1. The learning rate is low, so that we see the loop in slow motion.
+
+# %%
+study = rich_get_richer.Study()
+raw = study.settings()["top-1 raw"]
+one = rich_get_richer.follow(raw, "one job", seed=0, steps=120, rate=1e-3).trace
+print("arrays of shape (steps, experts):", one.load.shape)
+for step in (0, 10, 20, 50, 119):
+    effective = metrics.effective_experts(one.load[step])
+    print(f"step {step:3}: {effective:.2f} effective experts, load {one.load[step]}")
+
+# %%
+steps = [0, 3, 6, 10, 16, 30, 60, 119]
+Image(pictures.animate_shares(one.share, steps, "Top-1, raw gates, one job"), format="png")
+
+# %% [markdown]
+# The dotted line is an even share. (Where pictures cannot move, you see the last step only.)
+#
+# Now the loop itself: each expert's share, the size of its gradient, and the loss of the tokens it
+# served (each point averages four steps). A line that stops belongs to an expert that nobody chose
+# any more: it has no loss, and its gradient is exactly zero.
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9))
+hundred = rich_get_richer.Trace(*(values[:100] for values in one))
+axes = pictures.plot_rich_get_richer(axes, hundred, "One job: the rich get richer")
+
+# %% [markdown]
+# From left to right: the expert with the largest share gets the largest gradient, so its loss
+# falls, so the router sends it more. Section 1 also predicts *when* the push begins: at first $u$
+# has the sign of a coin toss, and once experts have learned, $u < 0$ for most tokens. `pull` is the
+# share of an expert's tokens with $u < 0$.
+
+# %%
+pull = np.nan_to_num(one.pull)  # an expert without tokens adds nothing
+well_served_S = (pull * one.share).sum(1)  # over all tokens of each step, shape (steps,)
+for step in (0, 5, 10, 20, 40, 80):
+    print(f"steps {step:2} to {step + 4:2}: u < 0 for {well_served_S[step : step + 5].mean():.0%}")
+
+# %% [markdown]
+# Could you have named the winner early? Here is the leader of the first step, and of the first 20
+# steps, against the winner at the end.
+
+# %%
+right, lines = np.zeros(2, int), []
+for seed in study.seeds:
+    trace = rich_get_richer.follow(raw, "one job", seed, steps=120, rate=1e-3).trace
+    winner = trace.load[-10:].sum(0).argmax()
+    first, early = trace.load[0].argmax(), trace.load[:20].sum(0).argmax()
+    right += np.array([first == winner, early == winner])
+    lines += [f"seed {seed}: leader at step 0: {first}, of 20 steps: {early}, winner: {winner}"]
+print(*lines, sep="\n")
+print(f"named rightly: {right[0]} by step 0, {right[1]} by 20 steps, of {len(study.seeds)} seeds")
+
+# %% [markdown]
+# Nobody knew yet which expert was the best one, and nobody found out: the winner was ahead by luck
+# when learning began.
+#
+# ## 4. Where collapse does not happen
+#
+# The same layer, the same router, the same learning rate, only another task: now the tokens come
+# from eight clusters, and each cluster has **a job of its own**. Look at your second prediction.
+
+# %%
+eight = rich_get_richer.follow(raw, "eight jobs", seed=0, steps=120, rate=1e-3).trace
+figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.9))
+hundred = rich_get_richer.Trace(*(values[:100] for values in eight))
+pictures.plot_rich_get_richer(axes, hundred, "Eight jobs: the same layer")
+effective = metrics.effective_experts(eight.load[-10:].sum(0))
+print(f"effective experts over the last ten steps: {effective:.2f} of 8")
+
+# %% [markdown]
+# The loop is still there: it works *within* each cluster. Serving a token lowers $u$ for tokens
+# that look like it, and tokens of other clusters look different. So every cluster gets a winner of
+# its own; an expert starves only if it wins no cluster, for instance because another expert won
+# two.
+#
+# Now a language model, as in a real MoE: top-1 of 16 experts in two layers, trained on
+# text. All its tokens first need the same job (which characters are frequent at all?), so we expect
+# collapse; that this is the reason is a guess. This study takes minutes, so we read its record.
+
+# %%
+text = files.read_json(rich_get_richer.FIGURES / "collapse.json")
+runs = {condition["name"]: condition["runs"] for condition in text["conditions"]}
+figure, axes = plt.subplots(2, 1, figsize=(6.8, 3.8))
+for ax, name in zip(axes, ("no cure", "Switch loss"), strict=True):
+    run = runs[name][0]
+    share_SE = np.array(run["series"]["share"])[1::2, 0]  # every other stretch, first layer
+    title = f"{name}, seed {run['seed']}: {run['effective_experts'][0]:.1f} effective experts of 16"
+    plots.plot_river(ax, run["series"]["step"][1::2], share_SE, title)
+
+# %% [markdown]
+# Each band is one expert, its width the share of the load. Above, a few bands take
+# everything within the first part of the run. Below, a *balance loss* was added (section 6).
+#
+# One seed proves little. So here is every seed of two studies: the language model, and the small
+# layer with nine settings on both tasks (its record, too, is committed).
+
+# %%
+figure, ax = plt.subplots(figsize=(8.4, 3.6))
+ax = pictures.plot_effective_seeds(ax, text, "Language model: one dot for each seed and layer")
+
+# %%
+settings = files.read_json(rich_get_richer.FIGURES / "collapse_settings.json")
+figure, axes = plt.subplots(2, 1, figsize=(9, 5.4))
+for ax, task in zip(axes, settings["tasks"], strict=True):
+    part = rich_get_richer.of_task(settings, task)
+    pictures.plot_effective_seeds(ax, part, f"{task.capitalize()}: one dot for each seed")
+
+# %%
+print(rich_get_richer.table(settings))
+
+# %% [markdown]
+# The columns: runs that collapsed by our definition, means over the seeds of effective experts, of
+# dead experts and of the decisiveness explained below, and the loss on new tokens with its spread
+# over the seeds.
+#
+# What the dots and the table say:
+#
+# - With raw top-1 gates, **one job** collapses to about one expert and **eight jobs** do not
+#   collapse. Whether a toy model collapses depends on the task as much as on the router.
+# - On one job, collapse costs little: compare the loss of "top-1 raw" with that of a layer that
+#   only *has* one expert. There was nothing to divide.
+# - On eight jobs no run counts as collapsed, and yet some experts are dead, and it
+#   costs: compare with "raw + Switch", where all experts work. "Not collapsed" is not "fine".
+# - "All experts" cannot starve anybody, since every expert serves every token. It pays with the
+#   computation that a MoE is meant to save.
+
+# %% [markdown]
+# ## 5. Balanced is not healthy
+#
+# Look at "renorm. + Switch" in the table: its load is even on both tasks. On eight jobs, compare
+# its loss with all the others, and with "one expert" in the last row. A **renormalized** gate
+# divides the chosen gates by their sum. With one choice that is $prob / prob = 1$, a constant: no
+# gradient can reach the router through it. (The reason is in chapter 06; we only check.)
+
+# %%
+gate_NK, cache = router.renormalized_gate_forward(logit_NE, expert_NK)
+print("gates: ", gate_NK[:, 0])
+print("dlogit:", router.renormalized_gate_backward(u_N[:, None], cache).tolist())
+eight_jobs = rich_get_richer.of_task(settings, "eight jobs")
+print(rich_get_richer.compare(eight_jobs, "renorm. + Switch", "one expert"))
+
+# %% [markdown]
+# Such a router never hears of the task. The balance loss still reaches it, and gets its way
+# unopposed: an even load, with no reason behind any choice. With its eight experts in perfect
+# balance the layer loses, in most seeds, to a layer that has a single expert.
+#
+# So we need a second number. **Decisiveness** is the mean over tokens of the largest probability
+# in the row: $\frac1N \sum_n \max_e prob[n, e]$. It is $1/E$ if the router prefers nobody and 1 if
+# it is sure. Balance is left to right, decisiveness is bottom to top; one dot for each seed.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), width_ratios=(1, 1.45))
+for ax, task in zip(axes, settings["tasks"], strict=True):
+    part = rich_get_richer.of_task(settings, task)
+    pictures.plot_plane(ax, part, task.capitalize(), legend=ax is axes[1])
+
+# %% [markdown]
+# - **Top left**: sure and collapsed. **Top right**: sure and balanced; on eight jobs this is the
+#   place to be. **Bottom right**: balanced and undecided. There the load plot looks perfect and the
+#   router is a stopped clock.
+# - On *one job* nobody balanced is sure, and nobody should be: there is nothing to be sure about.
+#   No place in the plane is right for every task. What decides is the loss on new tokens.
+#
+# ## 6. Cures, and what they touch
+#
+# Keep two things apart:
+#
+# - the **load in training**: what the experts were given, after noise and limits;
+# - the **choice of the clean router**: what it would choose by itself, without noise and limits,
+#   on text it has not seen.
+#
+# Three cures, and the place where each acts:
+#
+# - **Noise** is added to the logits before the choice, so that others get a chance. It is
+#   switched off after training. Nothing forbids a collapse.
+# - **Capacity with overflow to the next best expert**: an expert has only so many places;
+#   who finds it full goes to the token's next best one. The load *must* spread, whatever the router
+#   wants.
+# - The **Switch loss** is added to the loss, times a small weight:
+#   $$ switch = E \sum_e f[e] \, P[e], \qquad P[e] = \frac1N \sum_n prob[n, e], $$
+#   where $f[e]$ is expert $e$'s share of the choices. Counts have no gradient, so $f$ is a
+#   constant; $prob$ has one, so this cure speaks to the router itself. In numbers:
+
+# %%
+chosen_NK = np.zeros((3, 1), int)  # all three tokens chose expert 0
+value, cache = balance.switch_loss_forward(prob_NE, chosen_NK)
+dprob_NE = balance.switch_loss_backward(np.float64(1.0), cache)
+push_NE = -softmax.softmax_backward(dprob_NE, prob_cache)
+even, _ = balance.switch_loss_forward(np.full((3, 3), 1 / 3), np.arange(3)[:, None])
+print(f"Switch loss: {value:.3f} here, {even:.3f} at perfect balance")
+figure, ax = plt.subplots(figsize=(3.6, 2.9))
+ax = pictures.plot_grid(ax, push_NE, range(3), range(3), "how the Switch loss\nmoves the logits")
+
+# %% [markdown]
+# It pushes the crowded expert 0 down and the others up, for every token: the opposite of the loop.
+#
+# Does it reach the router's own choice? The language model, first seed, first layer:
+
+# %%
+figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharey=True)
+names = ("no cure", "noise", "capacity", "Switch loss")
+for ax, name in zip(axes.flat, names, strict=True):
+    pictures.plot_load_beside_choice(ax, runs[name][0], name)
+legend = axes[0, 0].legend(fontsize=8, frameon=False)
+
+# %% [markdown]
+# With **capacity** the filled bars are nearly level and the hollow ones are not: the queue is
+# spread, the wish is not. Take the limit away, as one does when the model is used, and the load
+# follows the hollow bars. With the **Switch loss** filled and hollow agree: the router itself
+# changed. Averages over all seeds and both layers:
+
+# %%
+print(collapse.table(text))
+figure, ax = plt.subplots(figsize=(8, 3))
+title = f"Language model after {text['settings']['steps']} steps"
+ax = pictures.plot_losses(ax, text, title, "validation loss\n(nats per character)")
+
+# %% [markdown]
+# **What did the cures cost?** Runs of one seed start from the same weights and see the same data,
+# so we compare seed by seed.
+
+# %%
+print("text")
+for name in ("noise", "capacity", "noise + capacity", "Switch loss"):
+    print(" ", rich_get_richer.compare(text, name, "no cure"))
+for task in settings["tasks"]:
+    print(task)
+    for name in ("raw + noise", "raw + capacity", "raw + Switch"):
+        part = rich_get_richer.of_task(settings, task)
+        print(" ", rich_get_richer.compare(part, name, "top-1 raw"))
+
+# %% [markdown]
+# A plus sign means that the cure made the model *worse*. On text, at this short budget, and on one
+# job, balance costs loss. The likely reason: few experts that see everything learn a common job
+# faster. On eight jobs the Switch loss pays. Longer training or larger models may answer
+# differently; these records do not tell. Balance is a means. Ask what it buys, on your task, with
+# your budget.
+#
+# **Your predictions.** One job: about one expert survives. Eight jobs: most do. And an even load
+# alone says nothing about the router.
+#
+# ## What you can do now
+#
+# - Derive why the chosen expert is pushed up when $u < 0$, and why learning makes $u$ negative.
+# - Report collapse as effective experts, over all seeds, with the definition beside it.
+# - Put decisiveness next to balance before you call a router healthy.
+# - Ask of every cure: does it change the load, or the router? And what does it cost?
+
+# %% [markdown]
+# ## Exercise 1: effective experts by loops
+#
+# Write it with `for`, without NumPy's sums. `load_E` holds counts; some may be zero.
+
+
+# %%
+def my_effective_experts(load_E):
+    raise NotImplementedError  # your lines here
+
+
+print(exercises_07.check_effective_experts(my_effective_experts))
+
+# %% [markdown]
+# ## Exercise 2: the gradient of the Switch loss
+#
+# Take section 6's formula and derive `dprob_NE`, the gradient of $switch$ with respect to
+# `prob_NE`, shape $(N, E)$. `expert_NK` holds the chosen experts, shape $(N, K)$, so that there are
+# $N K$ choices in all. Use nothing of `moe_numpy`.
+
+
+# %%
+def my_switch_gradient(prob_NE, expert_NK):
+    raise NotImplementedError  # your lines here
+
+
+print(exercises_07.check_switch_gradient(my_switch_gradient))
+
+# %% [markdown]
+# ## Exercise 3: an alarm for collapse
+#
+# You watch the first 20 steps of a run: `share_SE`, shape (20, $E$). Answer `True` if the run will
+# end collapsed. The check takes raw top-1 on both tasks, all seeds, and reads from the record how
+# each of them ended. It also tries other numbers of experts.
+
+
+# %%
+def my_alarm(share_SE):
+    raise NotImplementedError  # your lines here
+
+
+early, collapsed = rich_get_richer.first_steps(settings, "top-1 raw", steps=20)
+print(f"{len(early)} runs, {sum(collapsed)} of them ended collapsed")
+print(exercises_07.check_alarm(my_alarm, early, collapsed))
+
+# %% [markdown]
+# ## Where to go next
+#
+# - Chapter 08 derives the gradients of all cures and tunes their weights.
+# - Try it: `rich_get_richer.follow(study.settings()["top-2"], "one job", seed=0)`. Does a second
+#   choice help? Find it in the table first.
+# - Shazeer et al. 2017, *Outrageously Large Neural Networks*, describes the loop in words (section
+#   4); Fedus et al. 2022, *Switch Transformers*, is the source of the Switch loss.

@@ -1,0 +1,138 @@
+"""Every notebook agrees with its source, reads well as committed, and runs from top to bottom."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from moe_numpy.classroom import lessons
+
+ROOT = Path(__file__).parent.parent
+SOURCES = lessons.sources(ROOT / "notebooks")
+each = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+
+
+def committed(source):
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    """List what every cell left behind, without what may differ from one machine to the next."""
+    return [[dict(output) for output in cell.outputs] for cell in code(notebook)]
+
+
+def test_every_notebook_has_a_source():
+    built = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert built == {path.stem for path in SOURCES}
+
+
+@each
+def test_a_notebook_agrees_with_its_source(source):
+    fresh, there = lessons.build(source), committed(source)
+    assert [dict(cell.metadata) for cell in there.cells] == [dict(c.metadata) for c in fresh.cells]
+    for name in ("id", "cell_type", "source"):
+        assert [cell[name] for cell in there.cells] == [cell[name] for cell in fresh.cells]
+
+
+@each
+def test_a_notebook_is_committed_executed_and_light(source):
+    there = committed(source)
+    cells = code(there)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = [output.output_type for cell in cells for output in cell.outputs]
+    assert "display_data" in kinds and "error" not in kinds
+    streams = [o for cell in cells for o in cell.outputs if o.output_type == "stream"]
+    assert all(output.name == "stdout" for output in streams)
+    assert source.with_suffix(".ipynb").stat().st_size < 600_000
+
+
+@each
+def test_a_notebook_has_no_wall_of_code(source):
+    for cell in code(committed(source)):
+        assert len(cell.source.splitlines()) <= 15, cell.source
+
+
+@each
+def test_a_notebook_runs_in_a_fresh_kernel_twice_with_the_same_outputs(source):
+    def run(_):
+        return lessons.execute(lessons.build(source), source.parent)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    assert outputs(first) == outputs(second)
+    assert time.perf_counter() - started < 90
+
+
+def browser_tools():
+    """Find Chromium and playwright-core, or say what is missing."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium, and there is none")
+    probe = ["node", "-e", "require('playwright-core')"]
+    if shutil.which("node") is None or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("needs Node.js with playwright-core (NODE_PATH), and there is none")
+    return chromium
+
+
+@contextlib.contextmanager
+def jupyter_lab(folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.port": port,
+        "ServerApp.root_dir": folder,
+        "ServerApp.allow_root": True,
+        "ServerApp.open_browser": False,
+        "ServerApp.disable_check_xsrf": True,
+        "IdentityProvider.token": "",
+        "ServerApp.password": "",
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+    }
+    command = [sys.executable, "-m", "jupyter", "lab", *(f"--{k}={v}" for k, v in options.items())]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status", timeout=1).close()
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_notebooks_run_in_jupyterlab_in_a_real_browser(tmp_path):
+    chromium = browser_tools()
+    for source in SOURCES:
+        shutil.copy(source.with_suffix(".ipynb"), tmp_path)
+    script = Path(__file__).with_name("run_in_browser.js")
+    with jupyter_lab(tmp_path) as server:
+        for source in SOURCES:
+            shot = str(tmp_path / f"{source.stem}.png")
+            done = subprocess.run(
+                ["node", script, server, f"{source.stem}.ipynb", chromium, shot],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout) == {"failed": [], "errors": []}

@@ -1,0 +1,236 @@
+"""The settings study of chapter 07, its pictures, and the checks of its exercises."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from moe_numpy.classroom import exercises_07 as exercises
+from moe_numpy.lab import collapse_pictures as pictures
+from moe_numpy.lab import metrics, plots, rich_get_richer
+
+FIGURES = Path(__file__).parent.parent / "figures"
+STUDY = rich_get_richer.Study(batch=32, steps=12, test_tokens=50, seeds=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def record():
+    return rich_get_richer.run_settings(STUDY, show_progress=False)
+
+
+def result(name, task="one job", steps=12):
+    return rich_get_richer.follow(STUDY.settings()[name], task, 3, steps, study=STUDY)
+
+
+# --------------------------------------------------------------------------------------- the study
+@pytest.mark.parametrize("name", STUDY.settings())
+def test_a_trace_counts_every_choice_and_its_shares_sum_to_one(name):
+    trace = result(name).trace
+    np.testing.assert_allclose(trace.share.sum(1), 1, rtol=1e-12)
+    k = STUDY.settings()[name].top_k
+    assert (trace.load.sum(1) == STUDY.batch * k).all()
+
+
+def test_an_expert_without_tokens_has_no_gradient_and_no_loss():
+    trace = result("top-1 raw").trace
+    idle = trace.load == 0
+    assert idle.any() and not idle.all()
+    assert (trace.gradient_norm[idle] == 0).all() and (trace.gradient_norm[~idle] > 0).all()
+    assert np.isnan(trace.loss[idle]).all() and np.isnan(trace.pull[idle]).all()
+    assert ((trace.pull[~idle] >= 0) & (trace.pull[~idle] <= 1)).all()
+
+
+def test_the_losses_of_the_experts_average_to_the_loss_of_the_batch():
+    one, many = result("one expert", steps=1).trace, result("top-1 raw", steps=1).trace
+    assert one.loss.shape == (1, 1)
+    mean = np.nansum(many.loss * many.share)
+    assert mean == pytest.approx(one.loss[0, 0], rel=0.2)  # both have hardly an output yet
+
+
+def test_a_run_is_the_same_twice_and_its_start_does_not_depend_on_its_length():
+    long, short = result("raw + noise").trace, result("raw + noise", steps=5).trace
+    for a, b in zip(long, short, strict=True):
+        np.testing.assert_array_equal(a[:5], b)
+
+
+def test_a_renormalized_top_1_router_learns_nothing():
+    before, after = (result("top-1 renorm.", steps=n).params.router.w_CE for n in (1, 12))
+    np.testing.assert_array_equal(before, after)
+    assert (result("top-1 raw").params.router.w_CE != before).any()
+
+
+def test_mutual_information_goes_from_zero_to_the_logarithm_of_the_rows():
+    assert rich_get_richer.mutual_information(np.ones((4, 3))) == pytest.approx(0, abs=1e-12)
+    assert rich_get_richer.mutual_information(np.eye(4)) == pytest.approx(math.log(4))
+
+
+def test_the_record_is_plain_json_with_right_metrics(record):
+    json.dumps(record, allow_nan=False)
+    assert len(record["conditions"]) == len(STUDY.tasks()) * len(STUDY.settings())
+    for condition in record["conditions"]:
+        E = condition["config"]["num_experts"]
+        assert [run["seed"] for run in condition["runs"]] == list(STUDY.seeds)
+        for run in condition["runs"]:
+            assert sum(run["share"][0]) == pytest.approx(1, abs=1e-3)
+            (effective,) = run["effective_experts"]
+            assert 1 - 1e-9 <= effective <= E + 1e-9
+            assert run["collapsed"] == [effective < E / 2]
+            about = metrics.effective_experts(run["share"][0])
+            assert effective == pytest.approx(float(about), rel=1e-2)
+            assert 1 / E <= run["decisiveness_clean"][0] <= 1 + 1e-6
+
+
+def test_the_first_steps_are_those_of_the_recorded_runs(record):
+    early, collapsed = rich_get_richer.first_steps(record, "top-1 raw", steps=4)
+    assert len(early) == len(collapsed) == len(STUDY.tasks()) * len(STUDY.seeds)
+    expected = rich_get_richer.follow(STUDY.settings()["top-1 raw"], "one job", 0, 4, study=STUDY)
+    np.testing.assert_array_equal(early[0], expected.trace.share)
+
+
+def test_the_committed_record_is_that_of_the_study_as_it_stands():
+    committed = json.loads((FIGURES / "collapse_settings.json").read_text("utf-8"))
+    study = rich_get_richer.Study()
+    assert committed["definition"] == study.definition and committed["tasks"] == study.tasks()
+    assert committed["settings"]["steps"] == study.steps and len(study.seeds) >= 5
+    names = [c["name"] for c in committed["conditions"]]
+    assert names == [*study.settings()] * len(study.tasks())
+
+
+def test_the_table_and_the_comparison_name_what_they_show(record):
+    text = rich_get_richer.table(record)
+    assert all(name in text for name in (*STUDY.settings(), *STUDY.tasks()))
+    part = rich_get_richer.of_task(record, "one job")
+    assert "+0.000" in rich_get_richer.compare(part, "top-2", "top-2")
+
+
+# ------------------------------------------------------------------------------------- the pictures
+def axes_of(figure):
+    return [ax for ax in figure.axes if ax.has_data()]
+
+
+def test_every_picture_labels_its_axes(record):
+    figure = Figure()
+    axes = figure.subplots(3, 3).reshape(-1)
+    trace, part = result("top-1 raw").trace, rich_get_richer.of_task(record, "one job")
+    run = part["conditions"][0]["runs"][0]
+    assert pictures.plot_push(axes[0]) is axes[0]
+    assert pictures.plot_effective_of_shares(axes[1], 8) is axes[1]
+    assert pictures.plot_grid(axes[2], np.eye(3), range(3), range(3), "title") is axes[2]
+    pictures.plot_rich_get_richer(axes[3:6], trace, "title")
+    assert pictures.plot_effective_seeds(axes[6], part, "title") is axes[6]
+    assert pictures.plot_plane(axes[7], part, "title") is axes[7]
+    assert pictures.plot_load_beside_choice(axes[8], run, "title") is axes[8]
+    for ax in axes_of(figure):
+        assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_the_figure_of_the_record_is_drawn_by_name(record):
+    figure = plots.draw(record, FIGURES)
+    assert len(axes_of(figure)) == 6
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in axes_of(figure))
+
+
+def test_the_animation_is_a_png_with_a_frame_for_every_step_and_the_same_twice():
+    share = result("top-1 raw").trace.share
+    film = pictures.animate_shares(share, [0, 4, 11], "title")
+    image = Image.open(io.BytesIO(film))
+    assert image.format == "PNG" and image.is_animated and len(film) < 60_000
+    assert film == pictures.animate_shares(share, [0, 4, 11], "title")
+
+
+# --------------------------------------------------------------------------------------- the checks
+def effective(load_E, log=math.log, sign=-1, last=math.exp, skip=True, shares=True):
+    total = sum(load_E) if shares else 1
+    terms = [c / total * log(c / total) for c in load_E if c > 0 or not skip]
+    return last(sign * sum(terms))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (effective, "solved:"),
+        (metrics.effective_experts, "solved:"),
+        (lambda load: effective(load, last=float), "take its exponential"),
+        (lambda load: effective(load, sign=1), "a minus in front"),
+        (lambda load: effective(load, log=math.log2), "one base"),
+        (lambda load: effective(load, skip=False), "leave out the experts that got nothing"),
+        (lambda load: effective(load, log=np.log, skip=False, last=np.exp), "leave out"),
+        (
+            lambda load: effective(load, last=lambda x: math.exp(min(x, 700)), shares=False),
+            "counts",
+        ),
+        (lambda load: sum(c > 0 for c in load), "got anything at all"),
+        (lambda load: sum(load) ** 2 / sum(c * c for c in load), "1 / sum of share^2"),
+        (lambda load: load / sum(load), "one number"),
+        (lambda load: None, "return"),
+    ],
+)
+def test_the_first_check_names_the_mistake(answer, words):
+    assert words in exercises.check_effective_experts(answer)
+
+
+def switch(prob_NE, expert_NK):
+    N, E = prob_NE.shape
+    f_E = np.bincount(expert_NK.reshape(-1), minlength=E) / expert_NK.size
+    return np.tile(E * f_E / N, (N, 1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (switch, "solved:"),
+        (lambda p, e: switch(p, e)[0], "the shape of prob"),
+        (lambda p, e: switch(p, e) / p.shape[1], "factor E"),
+        (lambda p, e: switch(p, e) * p.shape[0], "factor 1 / N"),
+        (lambda p, e: switch(p, e) * e.shape[1], "N K choices"),
+        (lambda p, e: -switch(p, e), "sign"),
+        (lambda p, e: np.zeros_like(p), "all zeros"),
+        (lambda p, e: switch(p, e) * (np.arange(p.shape[1]) == e[:, :1]), "only the chosen"),
+        (lambda p, e: np.tile(p.shape[1] * p.mean(0) / len(p), (len(p), 1)), "where f belongs"),
+        (lambda p, e: 2 * p, "must be"),
+    ],
+)
+def test_the_second_check_names_the_mistake(answer, words):
+    assert words in exercises.check_switch_gradient(answer)
+
+
+def alarm(share_SE):
+    return bool(metrics.effective_experts(share_SE[-5:].mean(0)) < share_SE.shape[1] / 2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (alarm, "solved:"),
+        (lambda s: True, "always rings"),
+        (lambda s: False, "never rings"),
+        (lambda s: not alarm(s), "wrong way"),
+        (lambda s: bool(metrics.effective_experts(s[-5:].mean(0)) < 4), "number of experts"),
+        (lambda s: metrics.effective_experts(s).mean(), "True or False"),
+        (lambda s: s[99].max() > 0.5, "IndexError"),
+    ],
+)
+def test_the_third_check_names_the_mistake(answer, words):
+    committed = json.loads((FIGURES / "collapse_settings.json").read_text("utf-8"))
+    early, collapsed = rich_get_richer.first_steps(committed, "top-1 raw")
+    assert words in exercises.check_alarm(answer, early, collapsed)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        exercises.check_effective_experts,
+        exercises.check_switch_gradient,
+        lambda answer: exercises.check_alarm(answer, [np.ones((20, 8)) / 8], [False]),
+    ],
+)
+def test_an_unsolved_exercise_says_so(check):
+    def starter(*_):
+        raise NotImplementedError
+
+    assert check(starter).startswith("not solved yet: ")
