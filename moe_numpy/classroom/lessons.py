@@ -79,6 +79,7 @@ def execute(notebook: Any, folder: str | Path) -> Any:
         timeout=TIMEOUT,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,  # where a kernel splits what is printed is a matter of timing
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
     )
@@ -87,21 +88,7 @@ def execute(notebook: Any, folder: str | Path) -> Any:
         client.kc.execute(STRICT, silent=True, store_history=False)
         for place, cell in enumerate(notebook.cells):
             client.execute_cell(cell, place)
-            if cell.cell_type == "code":
-                cell.outputs = _merge_streams(cell.outputs)
     return notebook
-
-
-def _merge_streams(outputs: list) -> list:
-    """Join pieces of one stream: where a kernel splits what is printed is a matter of timing."""
-    merged: list = []
-    for output in outputs:
-        before = merged[-1] if merged else None
-        if before and output.output_type == "stream" and output.name == before.get("name"):
-            before.text += output.text
-        else:
-            merged.append(output)
-    return merged
 
 
 def write(source: Path) -> Path:
