@@ -26,11 +26,13 @@ from moe_numpy import files
 from moe_numpy.classroom import exercises_07
 from moe_numpy.lab import collapse, metrics, plots, rich_get_richer
 from moe_numpy.lab import collapse_pictures as pictures
+from moe_numpy.lab import pictures as grids
 from moe_numpy.moe import balance, router
 from moe_numpy.ops import softmax
 
 rng = np.random.default_rng(0)
-plt.rcParams.update({"figure.dpi": 68, "figure.constrained_layout.use": True})
+grids.use_small_png()
+plt.rcParams.update({"figure.dpi": 88, "figure.constrained_layout.use": True})
 
 # %% [markdown]
 # ## Predict first
@@ -119,7 +121,7 @@ print("package and loops agree; largest difference", np.abs(package_NE - dlogit_
 figure, axes = plt.subplots(1, 2, figsize=(7, 2.9))
 titles = {"dprob: only the chosen entry": dprob_NE, "-dlogit: how the logits move": -package_NE}
 for ax, (title, values_NE) in zip(axes, titles.items(), strict=True):
-    pictures.plot_grid(ax, values_NE, range(3), range(3), title)
+    grids.plot_grid(ax, values_NE, title)
 
 # %% [markdown]
 # Rows 0 and 1 lift the chosen expert 0 and push the others down. Row 2 pushes expert 0 down:
@@ -403,7 +405,7 @@ push_NE = -softmax.softmax_backward(dprob_NE, prob_cache)
 even, _ = balance.switch_loss_forward(np.full((3, 3), 1 / 3), np.arange(3)[:, None])
 print(f"Switch loss: {value:.3f} here, {even:.3f} at perfect balance")
 figure, ax = plt.subplots(figsize=(3.6, 2.9))
-ax = pictures.plot_grid(ax, push_NE, range(3), range(3), "how the Switch loss\nmoves the logits")
+ax = grids.plot_grid(ax, push_NE, "how the Switch loss\nmoves the logits")
 
 # %% [markdown]
 # It pushes the crowded expert 0 down and the others up, for every token: the opposite of the loop.

@@ -120,7 +120,6 @@ def test_every_picture_labels_its_axes(record):
     run = part["conditions"][0]["runs"][0]
     assert pictures.plot_push(axes[0]) is axes[0]
     assert pictures.plot_effective_of_shares(axes[1], 8) is axes[1]
-    assert pictures.plot_grid(axes[2], np.eye(3), range(3), range(3), "title") is axes[2]
     pictures.plot_rich_get_richer(axes[3:6], trace, "title")
     assert pictures.plot_effective_seeds(axes[6], part, "title") is axes[6]
     assert pictures.plot_plane(axes[7], part, "title") is axes[7]

@@ -16,19 +16,6 @@ MARKERS = "osD^vPX*h"
 FAINT = "#BBBBBB"
 
 
-def plot_grid(ax: Axes, values: np.ndarray, rows: list, columns: list, title: str) -> Axes:
-    """Draw a matrix as colored squares with its numbers: blue below zero, orange above."""
-    values = np.asarray(values, float)
-    size = max(np.abs(values).max(), 1e-12)
-    ax.imshow(values, cmap="PuOr_r", vmin=-1.6 * size, vmax=1.6 * size, aspect="equal")
-    for (i, j), value in np.ndenumerate(values):
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set(xlabel="expert", ylabel="token", title=title)
-    return ax
-
-
 def plot_push(ax: Axes) -> Axes:
     """Draw how hard one token moves the logits of a raw top-1 gate, over the gate's probability."""
     prob = np.linspace(0, 1, 201)
