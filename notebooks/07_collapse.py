@@ -30,6 +30,7 @@ from moe_numpy.lab import pictures as grids
 from moe_numpy.moe import balance, router
 from moe_numpy.ops import softmax
 
+# %%
 rng = np.random.default_rng(0)
 grids.use_small_png()
 plt.rcParams.update({"figure.dpi": 88, "figure.constrained_layout.use": True})
