@@ -66,7 +66,11 @@ OPTIONS = {
         "capacity": Option(float, None, "capacity factor; left out: no limit"),
         "overflow": Option(("drop", "next_best", "none"), None, "what a full expert turns away"),
         "priority": Option(("token", "choice", "score"), None, "who is served first"),
-        "balance": Option("balance", "switch=0.01", "terms as NAME=WEIGHT,..., or none"),
+        "balance": Option(
+            "balance",
+            "switch=0.01",
+            "terms as NAME=WEIGHT,..., or none",
+        ),
         "bias-rate": Option(float, 0.0, "step of the bias rule, which balances without a loss"),
     },
     "training": {
@@ -102,7 +106,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add every flag; one that is not given leaves no trace, so that `given` can tell."""
     shown = {"hidden": "4 widths in all", "gate-weights": "renormalized for top-k above 1"}
     shown |= {"kv-heads": "as heads", "text": "built-in corpus", "capacity": "no limit"}
-    shown |= {"overflow": "drop", "priority": "token", "noise-scale": "0.01, 1 or 0.01"}
+    shown |= {
+        "balance": "switch=0.01; none beside --bias-rate",
+        "overflow": "drop",
+        "priority": "token",
+        "noise-scale": "0.01, 1 or 0.01",
+    }
     for title, group in OPTIONS.items():
         section = parser.add_argument_group(title)
         for name, option in group.items():
@@ -132,6 +141,8 @@ def start(flags: dict[str, Any]) -> loop.Run:
     from moe_numpy.training import loop
 
     chosen = DEFAULTS | flags
+    if chosen["bias_rate"] and "balance" not in flags:
+        chosen["balance"] = "none"  # the bias rule balances without a loss
     _refuse_idle(flags, chosen)
     corpus = _corpus(chosen["text"])
     run = loop.new_run(

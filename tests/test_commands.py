@@ -136,7 +136,7 @@ FLAGS = {
     "--capacity 2 --overflow none": lambda cfg, _: cfg.moe.capacity is None,
     "--balance none": lambda cfg, _: cfg.moe.balance == (),
     "--balance z,switch=0.5": lambda cfg, _: [t.weight for t in cfg.moe.balance] == [0.001, 0.5],
-    "--bias-rate 0.1": lambda cfg, _: cfg.moe.bias_rate == 0.1,
+    "--bias-rate 0.1": lambda cfg, _: (cfg.moe.bias_rate, cfg.moe.balance) == (0.1, ()),
     "--top-k 1 --gate-weights renormalized": lambda cfg, _: cfg.moe.renormalized,
     "--positions rotary --norm rmsnorm --head untied": lambda cfg, _: (
         (cfg.positions, cfg.norm, cfg.tied) == ("rotary", "rmsnorm", False)

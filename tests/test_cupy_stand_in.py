@@ -60,7 +60,8 @@ MODELS = {
     ),
     "next best by choice, bias rule, untied": tiny.model(
         tiny.moe(
-            capacity=Capacity(factor=0.7, overflow="next_best", priority="choice"), bias_rate=0.1
+            capacity=Capacity(factor=0.7, overflow="next_best", priority="choice"),
+            bias_rate=0.1,
         ),
         tied=False,
     ),

@@ -225,7 +225,7 @@ def test_importing_the_package_loads_not_even_numpy():
 
 def test_importing_the_package_takes_less_than_a_tenth_of_a_second_beyond_numpy():
     code = (
-        "import time, numpy; start = time.process_time()\n"
-        "import moe_numpy; moe_numpy.moe_forward; print(time.process_time() - start)"
+        "import time, numpy; start = time.thread_time()  # BLAS threads spin beside it\n"
+        "import moe_numpy; moe_numpy.moe_forward; print(time.thread_time() - start)"
     )
     assert np.median([float(fresh(code)) for _ in range(5)]) < 0.1

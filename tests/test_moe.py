@@ -85,6 +85,7 @@ def test_layer_agrees_with_the_judge_under_every_policy(overflow, priority, k, g
             capacity=limit,
             balance=all_terms(noise_kind if seed % 2 else None, k, gates),  # load knows no bias
             bias_rate=0.0 if seed % 2 else 0.01,
+            bias_with_loss=not seed % 2,
         )
         judge = agree(*draw(seed, cfg), cfg)
         lost += judge.dropped()
@@ -216,7 +217,7 @@ def both_ways(x_NC, params, cfg, noise=None, dy_NC=None, daux=1.0):
     [None, Capacity(factor=0.7), Capacity(factor=0.7, overflow="next_best", priority="score")],
 )
 def test_relabelling_the_experts_changes_nothing(limit):
-    cfg = config(capacity=limit, balance=all_terms(None, 2), bias_rate=0.1)
+    cfg = config(capacity=limit, balance=all_terms(None, 2), bias_rate=0.1, bias_with_loss=True)
     x_NC, params, _ = draw(3, cfg)
     new = np.array([3, 0, 4, 1, 2])
     shuffled = layer.MoEParams(

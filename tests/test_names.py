@@ -37,6 +37,7 @@ RUNS = {
         capacity=Capacity(factor=0.7, overflow="next_best"),
         balance=(SwitchLoss(), ImportanceLoss(), ZLoss()),
         bias_rate=0.1,
+        bias_with_loss=True,
     ),
     "fixed noise, drop, raw gates": MoEConfig(
         num_experts=9,

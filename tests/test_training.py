@@ -30,6 +30,7 @@ FULL = tiny.moe(
     noise=LearnedNoise(),
     capacity=Capacity(factor=0.75, overflow="next_best"),
     bias_rate=0.01,
+    bias_with_loss=True,
     balance=(SwitchLoss(), ImportanceLoss(), ZLoss()),
 )
 VARIANTS = {

@@ -220,6 +220,7 @@ def _moe(rng: Generator) -> list[Case]:
             noise=GaussianNoise(std=0.8),
             balance=(SwitchLoss(weight=0.7), ImportanceLoss(weight=0.3)),
             bias_rate=0.1,
+            bias_with_loss=True,
             capacity=Capacity(overflow="next_best", priority="choice"),
         ),
         case("fixed noise, load", (N, E), noise=GaussianNoise(std=0.8), balance=(LoadLoss(),)),

@@ -1,0 +1,47 @@
+"""The rules that configurations are held to, and the words in which they refuse."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def require(fine: bool, who: str, rule: str, came: Any, advice: str) -> None:
+    """Refuse with who, which rule, what came and what to do."""
+    if not fine:
+        raise ValueError(f"{who}: {rule}, got {came}. {advice}".rstrip())
+
+
+def one_of(who: str, name: str, came: Any, allowed: tuple) -> None:
+    """Refuse what is not among the allowed values."""
+    choices = ", ".join(repr(choice) for choice in allowed)
+    require(came in allowed, who, f"{name} must be one of {choices}", repr(came), "")
+
+
+def whole_number(who: str, name: str, came: Any, least: int) -> None:
+    """Refuse what is not a whole number of at least `least`."""
+    fine = isinstance(came, int) and not isinstance(came, bool) and came >= least
+    require(fine, who, f"{name} must be a whole number of at least {least}", repr(came), "")
+
+
+def instance(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
+    """Refuse what is of none of the kinds."""
+    names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    require(isinstance(came, kinds), who, f"{name} must be {names}", repr(came), "")
+
+
+def not_negative(who: str, name: str, came: Any) -> None:
+    """Refuse what is negative or not finite."""
+    rule = f"{name} must not be negative, and finite"
+    require(0 <= came < math.inf, who, rule, came, "Use 0 for none.")
+
+
+def positive(who: str, name: str, came: Any, advice: str) -> None:
+    """Refuse what is not positive or not finite."""
+    require(0 < came < math.inf, who, f"{name} must be positive and finite", came, advice)
+
+
+def positive_weight(term: Any) -> None:
+    """Refuse a balance term without weight."""
+    rule, advice = "weight must be positive", "Leave the term out instead."
+    require(term.weight > 0, type(term).__name__, rule, term.weight, advice)

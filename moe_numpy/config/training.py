@@ -1,0 +1,80 @@
+"""Configurations of a training run and its optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moe_numpy.config import rules
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW:
+    """Adam with decoupled weight decay, none on gains and biases (Loshchilov and Hutter 2019)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            came = getattr(self, name)
+            rules.require(0 <= came < 1, "AdamW", f"{name} must satisfy 0 <= {name} < 1", came, "")
+        rules.require(self.eps > 0, "AdamW", "eps must be positive", self.eps, "Use 1e-8.")
+        rules.not_negative("AdamW", "weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SGD:
+    """Stochastic gradient descent with momentum (Polyak 1964); no decay on gains and biases."""
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        rule = "momentum must satisfy 0 <= momentum < 1"
+        rules.require(0 <= self.momentum < 1, "SGD", rule, self.momentum, "")
+        rules.not_negative("SGD", "weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """One training run.
+
+    rate, final_rate  learning rate after `warmup` steps of linear rise, and at the cosine's end
+    clip              largest norm of all gradients together; None for no clipping
+    smoothing         label smoothing of the training loss
+    seed              of the parameters, the data order and the noise, each with its own generator
+    """
+
+    steps: int = 600
+    batch: int = 12
+    rate: float = 1e-3
+    final_rate: float = 1e-4
+    warmup: int = 100
+    clip: float | None = 1.0
+    smoothing: float = 0.0
+    optimizer: AdamW | SGD = AdamW()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        who = "TrainingConfig"
+        for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
+            rules.whole_number(who, name, getattr(self, name), least)
+        rule = "rate must be positive"
+        rules.require(0 < self.rate < math.inf, who, rule, self.rate, "Use 1e-3.")
+        rules.not_negative(who, "final_rate", self.final_rate)
+        rules.instance(who, "optimizer", self.optimizer, (AdamW, SGD))
+        if self.clip is not None:
+            rules.require(self.clip > 0, who, "clip must be positive", self.clip, "Or clip=None.")
+        rule = "smoothing must satisfy 0 <= smoothing < 1"
+        rules.require(0 <= self.smoothing < 1, who, rule, self.smoothing, "Use 0 for none.")
+
+    def rate_at(self, step: int) -> float:
+        """Compute the learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / (self.warmup + 1)
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        return self.final_rate + cosine * (self.rate - self.final_rate)
