@@ -22,6 +22,7 @@ from moe_numpy import config, progress
 from moe_numpy.config import AdamW, Capacity, GaussianNoise, MoEConfig, SwitchLoss
 from moe_numpy.lab import metrics
 from moe_numpy.moe import dispatch, layer, router
+from moe_numpy.moe.report import MoEReport
 from moe_numpy.training import clusters, optimizer
 
 WINDOW = 0.1  # the end of training: the last tenth of the steps
@@ -160,7 +161,7 @@ def follow(
 
 
 def _row(
-    report: layer.MoEReport, cache: tuple, loss_N: np.ndarray, dy_NC: np.ndarray, grads: Any
+    report: MoEReport, cache: tuple, loss_N: np.ndarray, dy_NC: np.ndarray, grads: Any
 ) -> tuple:
     """Describe one step: who served whom is read from the plan that combine kept."""
     combine_cache = cache[2][2]

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from numpy.random import Generator
 
-from moe_numpy.backend import Array, Cache, xp
+from moe_numpy.backend import Array, Cache
 from moe_numpy.config import MoEConfig
-from moe_numpy.moe import balance, capacity, dispatch, experts, router
+from moe_numpy.moe import balance, capacity, dispatch, experts, report, router
 from moe_numpy.ops import softmax
 
 
@@ -21,23 +21,6 @@ class MoEParams(NamedTuple):
 
     router: router.RouterParams
     experts: experts.ExpertParams
-
-
-class MoEReport(NamedTuple):
-    """What one forward pass did: facts for records and plots, without gradient.
-
-    wished_E      choices per expert as the router made them, before any limit
-    load_E        choices per expert that got a place
-    dropped       choices that got none
-    decisiveness  mean largest probability of a token, from 1 / E to 1
-    gate_entropy  mean entropy of a token's probabilities, in nats, from 0 to log E
-    """
-
-    wished_E: Array
-    load_E: Array
-    dropped: int
-    decisiveness: Array
-    gate_entropy: Array
 
 
 def init_moe(rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int = 1) -> MoEParams:
@@ -50,7 +33,7 @@ def init_moe(rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int 
 
 def moe_forward(
     x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None = None
-) -> tuple[Array, Array, MoEReport, Cache]:
+) -> tuple[Array, Array, report.MoEReport, Cache]:
     """Send every token through its k experts.
 
         y[n] = sum_k gate[n, k] * MLP_{expert[n, k]}(x[n])
@@ -81,11 +64,12 @@ def moe_forward(
     aux, balance_cache = balance.balance_forward(
         clean_NE, noisy_NE, scale_NE, prob_NE, gate_NK, expert_NK, wished_NK, cfg
     )  # 9. balance
-    report = _report(noisy_NE, prob_NE, wished_NK, plan)
+    entropy_N = report.entropy_of(noisy_NE, prob_NE)
+    facts = report.make_report(prob_NE, entropy_N, wished_NK, plan)
     return (
         y_NC,
         aux,
-        report,
+        facts,
         (
             cfg.renormalized,
             (router_cache, prob_cache, gate_cache),
@@ -123,17 +107,3 @@ def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEPar
         dclean_NE, dnoisy_NE, dscale_NE, router_cache
     )  # 1.
     return dx_NC + dx_router_NC, MoEParams(drouter, dexperts)
-
-
-def _report(logit_NE: Array, prob_NE: Array, wished_NK: Array, plan: capacity.Plan) -> MoEReport:
-    N, E = prob_NE.shape
-    best_N = prob_NE.max(1)
-    # Entropy without a logarithm for every entry: log sum exp(z) is max z - log max p.
-    entropy_N = logit_NE.max(1) - xp.log(best_N) - (prob_NE * logit_NE).sum(1)
-    return MoEReport(
-        wished_E=xp.bincount(wished_NK.reshape(-1), minlength=E),
-        load_E=xp.diff(xp.asarray(plan.offsets)),
-        dropped=plan.slot_NK.size - plan.offsets[-1],
-        decisiveness=best_N.sum() / max(N, 1),
-        gate_entropy=entropy_N.sum() / max(N, 1),
-    )

@@ -12,20 +12,25 @@ from moe_numpy.ops import activation, linear, softmax
 
 
 class RouterParams(NamedTuple):
-    """What a router learns; `bias_E` is moved by the bias rule instead of a gradient."""
+    """What a router learns; `bias_E` is moved by the bias rule instead of a gradient.
+
+    `offset_E` is an ordinary bias of the logits (gpt-oss), learned by gradient.
+    """
 
     w_CE: Array
-    noise_CE: Array | None
-    bias_E: Array | None
+    noise_CE: Array | None = None
+    bias_E: Array | None = None
+    offset_E: Array | None = None
 
 
 def init_router(rng: Generator, cfg: MoEConfig, width: int, dtype: str) -> RouterParams:
-    """Draw small logit weights; the noise scale and the selection bias start at zero."""
+    """Draw small logit weights; the noise scale and the biases start at zero."""
     E = cfg.num_experts
     return RouterParams(
-        w_CE=to_device(rng.normal(0.0, 0.02, (width, E)), dtype),
+        w_CE=to_device(rng.normal(0.0, cfg.router_std, (width, E)), dtype),
         noise_CE=xp.zeros((width, E), dtype) if isinstance(cfg.noise, LearnedNoise) else None,
         bias_E=xp.zeros(E, dtype) if cfg.bias_rate else None,
+        offset_E=xp.zeros(E, dtype) if cfg.router_bias else None,
     )
 
 
@@ -47,7 +52,7 @@ def router_forward(
 ) -> tuple[Array, Array, Array | None, Cache]:
     """Score every expert for every token, cleanly and with noise.
 
-        clean = x W,    noisy = clean + noise * scale
+        clean = x W + offset,    noisy = clean + noise * scale
         scale = softplus(x W_noise) + floor  (learned)   or   std  (fixed)
         with input jitter instead: clean = (x * (1 + eps noise)) W,  noisy = clean
 
@@ -67,7 +72,7 @@ def router_forward(
     if noise is not None and isinstance(cfg.noise, InputJitter):
         jitter_NC = 1.0 + cfg.noise.eps * noise  # 1. the router's own view of the token
         x_NC = x_NC * jitter_NC
-    clean_NE, logit_cache = linear.linear_forward(x_NC, params.w_CE)  # 2. clean logits
+    clean_NE, logit_cache = linear.linear_forward(x_NC, params.w_CE, params.offset_E)  # 2.
     if noise is None or jitter_NC is not None:
         return clean_NE, clean_NE, None, (params, jitter_NC, None, logit_cache, None)
     if isinstance(cfg.noise, GaussianNoise):
@@ -98,7 +103,7 @@ def router_backward(
     Shapes     dclean_NE, dnoisy_NE (N, E); dscale_NE (N, E) or None -> dx_NC (N, C), grads
     """
     params, jitter_NC, noise, logit_cache, noise_caches = cache
-    dx_NC, dw_CE = linear.linear_backward(dclean_NE + dnoisy_NE, logit_cache)  # 2.
+    dx_NC, dw_CE, *doffset = linear.linear_backward(dclean_NE + dnoisy_NE, logit_cache)  # 2.
     dnoise_CE = None if params.noise_CE is None else xp.zeros_like(params.noise_CE)
     if noise_caches is not None:  # 3.
         raw_cache, scale_cache = noise_caches
@@ -109,7 +114,7 @@ def router_backward(
     if jitter_NC is not None:  # 1.
         dx_NC = dx_NC * jitter_NC
     dbias_E = None if params.bias_E is None else xp.zeros_like(params.bias_E)
-    return dx_NC, RouterParams(dw_CE, dnoise_CE, dbias_E)
+    return dx_NC, RouterParams(dw_CE, dnoise_CE, dbias_E, *doffset)
 
 
 def top_k(score_NE: Array, k: int) -> Array:

@@ -9,6 +9,7 @@ from numpy.random import Generator
 from moe_numpy.backend import Array, Cache, xp
 from moe_numpy.config import ModelConfig
 from moe_numpy.moe import layer as moe_layer
+from moe_numpy.moe.report import MoEReport
 from moe_numpy.ops import norm
 from moe_numpy.transformer import attention, mlp
 
@@ -80,7 +81,7 @@ def block_forward(
     cfg: ModelConfig,
     noise: Array | None = None,
     kv: attention.KeyValues | None = None,
-) -> tuple[Array, Array, moe_layer.MoEReport | None, Cache]:
+) -> tuple[Array, Array, MoEReport | None, Cache]:
     """Add what attention, then what the feed-forward finds, to the residual stream.
 
         x = x + attention(norm(x)),    y = x + feed(norm(x))

@@ -10,6 +10,7 @@ from moe_numpy.backend import Array, Cache, to_device, xp
 from moe_numpy.config import ModelConfig
 from moe_numpy.moe import layer as moe_layer
 from moe_numpy.moe import router
+from moe_numpy.moe.report import MoEReport
 from moe_numpy.ops import linear, loss
 from moe_numpy.transformer import attention, block
 
@@ -29,7 +30,7 @@ class LossReport(NamedTuple):
 
     cross_entropy: Array
     aux: Array
-    layers: tuple[moe_layer.MoEReport, ...]
+    layers: tuple[MoEReport, ...]
 
 
 def init_model(rng: Generator, cfg: ModelConfig, dtype: str = "float32") -> ModelParams:
@@ -63,7 +64,7 @@ def model_forward(
     cfg: ModelConfig,
     noise: tuple[Array | None, ...] | None = None,
     kv: tuple[attention.KeyValues, ...] | None = None,
-) -> tuple[Array, Array, tuple[moe_layer.MoEReport, ...], Cache]:
+) -> tuple[Array, Array, tuple[MoEReport, ...], Cache]:
     """Predict the next token at every position.
 
         x = token[t] + position[t],    x = block(x) for every layer,    logits = norm(x) head
