@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -221,6 +222,28 @@ def parity(options: argparse.Namespace) -> int:
     return 0 if all(found["passed"] for found in record["losses"].values()) else 1
 
 
+def bench(options: argparse.Namespace) -> int:
+    """Measure how fast this machine trains and writes, alone and against PyTorch."""
+    from moe_numpy.lab import bench as study_module
+    from moe_numpy.lab import bench_report, plots
+
+    alone = study_module.why_alone()
+    part = options.quick or options.only
+    folder = options.out or ("figures/quick" if part else "figures")
+    files.require_folder(folder)
+    if alone:
+        _say(options, f"Not raced against PyTorch: {alone}")
+    rounds = options.rounds or (2 if options.quick else 7)
+    plan = study_module.Plan(rounds, options.threads, options.quick, alone is None)
+    record = study_module.run(
+        plan, tuple(options.only or ()), lambda name: _say(options, f"... {name}")
+    )
+    files.write_json(Path(folder, "speed.json"), record)
+    plots.save(bench_report.speed_figure(record), Path(folder, "speed.png"))
+    print(json.dumps(record) if options.json else bench_report.table(record))
+    return 0
+
+
 def figures(options: argparse.Namespace) -> int:
     """Draw every figure of a folder anew from the record beside it."""
     from moe_numpy.lab import plots
@@ -253,6 +276,40 @@ def notebooks(options: argparse.Namespace) -> int:
         print(f"{source} ...", end="", flush=True)
         path = lessons.write(source)
         print(f" {path.name}, {path.stat().st_size // 1024} kB")
+    return 0
+
+
+def systems(options: argparse.Namespace) -> int:
+    """List the published systems, or describe one: its routing, its sizes, where it differs."""
+    from moe_numpy import presets
+    from moe_numpy import systems as systems_module
+
+    if options.train:
+        return _train_systems(options)
+    width = shutil.get_terminal_size((140, 24)).columns
+    if options.name is not None:
+        record = systems_module.record(options.name)
+        print(json.dumps(record) if options.json else systems_module.page(options.name, width))
+    elif options.json:
+        print(json.dumps({"systems": [systems_module.record(n) for n in presets.names()]}))
+    else:
+        print(systems_module.table(width))
+    return 0
+
+
+def _train_systems(options: argparse.Namespace) -> int:
+    from moe_numpy.lab import plots
+    from moe_numpy.lab import systems as study_module
+
+    names = () if options.name is None else (options.name,)
+    study = study_module.Study(names=names, seeds=tuple(range(options.seeds)))
+    files.require_folder(options.out)
+    record = study_module.run_systems(study)
+    files.write_json(Path(options.out, "systems.json"), record)
+    plots.save(
+        plots.draw(record, Path(options.out, "systems.png")), Path(options.out, "systems.png")
+    )
+    print(json.dumps(record) if options.json else study_module.table(record))
     return 0
 
 
@@ -337,9 +394,38 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=_positive, default=200, help="to compare (%(default)s)")
     sub.add_argument("--out", default="figures", help="folder of figure and record (%(default)s)")
 
+    sub = command(
+        bench,
+        "measure the speed of training and generation, also against PyTorch",
+        more="Close other programs first: rounds that they disturb are marked, and set aside where "
+        "enough quiet ones are left. Takes about twenty minutes; --quick only shows that it works.",
+    )
+    sub.add_argument("--quick", action="store_true", help="tiny sizes, own folder")
+    rows = ("step", "layer", "overhead", "generation", "import")
+    sub.add_argument("--only", nargs="+", choices=rows, metavar="ROW", help=", ".join(rows))
+    sub.add_argument("--rounds", type=_positive, help="of each race (7)")
+    sub.add_argument("--threads", type=_positive, default=2, help="of each side (%(default)s)")
+    sub.add_argument("--out", help="folder of figure and record (figures; of a part figures/quick)")
+    sub.add_argument("--json", action="store_true", help="print the record instead of a table")
+
     sub = command(notebooks, "build the notebooks from their sources and run them")
     sub.add_argument("names", nargs="*", metavar="NAME", help="only these, e.g. 06 (all)")
     sub.add_argument("--folder", default="notebooks", help="of the sources (%(default)s)")
+
+    sub = command(
+        systems,
+        "list the published systems that come as presets, or describe one of them",
+        more="Any of them can be trained at laptop size: train --preset NAME.",
+    )
+    sub.add_argument("name", nargs="?", metavar="NAME", help="describe this one (list all)")
+    sub.add_argument(
+        "--train",
+        action="store_true",
+        help="instead: train all at laptop size and compare them (half an hour)",
+    )
+    sub.add_argument("--seeds", type=_positive, default=3, help="with --train (%(default)s)")
+    sub.add_argument("--out", default="figures", help="of figure and record (%(default)s)")
+    sub.add_argument("--json", action="store_true", help="print a JSON object")
 
     sub = command(figures, "draw every figure anew from its record")
     sub.add_argument("folder", nargs="?", default="figures", help="(%(default)s)")

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moe_numpy import tree
 from moe_numpy.config import (
     ACTIVATIONS,
     SGD,
@@ -45,6 +44,7 @@ OPTIONS = {
         "text": Option(str, None, "UTF-8 file to train on; the last tenth validates"),
     },
     "model": {
+        "preset": Option(str, None, "a system of the literature at laptop size; see `systems`"),
         "layers": Option(int, 2, "transformer layers"),
         "width": Option(int, 64, "width of the residual stream"),
         "heads": Option(int, 4, "attention heads"),
@@ -94,6 +94,7 @@ DEFAULTS = {
     for group in OPTIONS.values()
     for name, option in group.items()
 }
+PRESET_STEPS = TrainingConfig().steps
 NEEDS = {  # a flag that would have no effect is refused
     "overflow": "capacity",
     "priority": "capacity",
@@ -105,6 +106,7 @@ EXPERTS_ONLY = {name.replace("-", "_") for name in OPTIONS["experts"]} - {"exper
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add every flag; one that is not given leaves no trace, so that `given` can tell."""
     shown = {"hidden": "4 widths in all", "gate-weights": "renormalized for top-k above 1"}
+    shown |= {"preset": "none", "steps": f"1000; {PRESET_STEPS} beside --preset"}
     shown |= {"kv-heads": "as heads", "text": "built-in corpus", "capacity": "no limit"}
     shown |= {
         "balance": "switch=0.01; none beside --bias-rate",
@@ -141,17 +143,14 @@ def start(flags: dict[str, Any]) -> loop.Run:
     from moe_numpy.training import loop
 
     chosen = DEFAULTS | flags
+    if chosen["preset"] is not None:
+        return _start_preset(flags, chosen)
     if chosen["bias_rate"] and "balance" not in flags:
         chosen["balance"] = "none"  # the bias rule balances without a loss
     _refuse_idle(flags, chosen)
     corpus = _corpus(chosen["text"])
-    run = loop.new_run(
-        corpus, _model(chosen, corpus.vocab_size), _training(chosen), chosen["dtype"]
-    )
-    if chosen["text"] is not None:
-        chosen["text"] = str(Path(chosen["text"]).resolve())
-    run.settings = chosen
-    return run
+    cfg = _model(chosen, corpus.vocab_size)
+    return _keep(chosen, loop.new_run(corpus, cfg, _training(chosen), chosen["dtype"]))
 
 
 def resume(path: Path, flags: dict[str, Any]) -> loop.Run:
@@ -176,25 +175,47 @@ def resume(path: Path, flags: dict[str, Any]) -> loop.Run:
 
 def describe(run: loop.Run) -> str:
     """Say in two lines what is about to be trained."""
+    from moe_numpy import ledger
+
     cfg, corpus = run.cfg, run.corpus
-    total = tree.size(run.params)
-    active = total
-    if cfg.moe is not None:
-        idle = 1.0 - cfg.moe.top_k / cfg.moe.num_experts
-        experts = sum(tree.size(b.feed.experts) for b in run.params.blocks)
-        active = total - round(idle * experts)
+    counted = ledger.count(cfg)
     feed = "dense feed-forward"
     if cfg.moe is not None:
         feed = f"{cfg.moe.num_experts} experts, top-{cfg.moe.top_k}"
     text = (
         f"{corpus.name}: {len(corpus.train):,} characters to train on, "
         f"{len(corpus.validation):,} to validate, {corpus.vocab_size} symbols.\n"
-        f"{cfg.layers} layers of width {cfg.width}, {feed}: {total:,} parameters, "
-        f"{active:,} active per token."
+        f"{cfg.layers} layers of width {cfg.width}, {feed}: {counted.parameters:,} parameters, "
+        f"{counted.active:,} active per token."
     )
     if cfg.moe is not None and cfg.moe.top_k == 1 and cfg.moe.renormalized:
         text += "\nNote: renormalized top-1 gates are all 1, so the router gets no task gradient."
     return text
+
+
+def _start_preset(flags: dict[str, Any], chosen: dict[str, Any]) -> loop.Run:
+    """Set up a published system: the flags may say how it is trained, not what it is."""
+    from moe_numpy import presets
+    from moe_numpy.training import loop
+
+    fixed = {name.replace("-", "_") for group in ("model", "experts") for name in OPTIONS[group]}
+    for name in flags:
+        if name in fixed - {"preset", "dtype"}:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must not come with --preset, got {flags[name]}: the "
+                "preset says what the model is. Leave out one of them."
+            )
+    corpus = _corpus(chosen["text"])
+    cfg = presets.tiny(chosen["preset"], corpus.vocab_size)
+    chosen = DEFAULTS | {"steps": PRESET_STEPS} | flags
+    return _keep(chosen, loop.new_run(corpus, cfg, _training(chosen), chosen["dtype"]))
+
+
+def _keep(chosen: dict[str, Any], run: loop.Run) -> loop.Run:
+    if chosen["text"] is not None:
+        chosen["text"] = str(Path(chosen["text"]).resolve())
+    run.settings = chosen
+    return run
 
 
 def _corpus(text: str | None) -> data.Corpus:

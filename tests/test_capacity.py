@@ -1,7 +1,5 @@
 """Places: who gets one, in which order, what happens to the others, and who may look ahead."""
 
-import math
-
 import numpy as np
 import oracles
 import pytest
@@ -286,34 +284,3 @@ def test_later_tokens_do_take_places_away_by_choice_order_and_by_score(overflow,
     limit = Capacity(factor=0.8, overflow=overflow, priority=priority)
     moved = [earlier_outputs_move(seed, k, limit) > 1e-3 for seed in range(10)]
     assert any(moved)
-
-
-# ---------------------------------------------------------------------------- closed-form drops
-def expected_drop_rate(tokens, experts, places):
-    """E / T * sum over x > P of (x - P) Binomial(x; T, 1 / E): uniform random top-1 routing."""
-    total = 0.0
-    for x in range(places + 1, tokens + 1):
-        log_ways = math.lgamma(tokens + 1) - math.lgamma(x + 1) - math.lgamma(tokens - x + 1)
-        log_chance = -x * math.log(experts) + (tokens - x) * math.log1p(-1.0 / experts)
-        total += (x - places) * math.exp(log_ways + log_chance)
-    return experts / tokens * total
-
-
-@pytest.mark.parametrize(
-    ("experts", "factor", "percent"),
-    [(8, 1.0, 3.30), (32, 1.0, 6.92), (32, 1.25, 0.68), (128, 1.0, 13.90), (128, 1.25, 5.27)],
-)
-def test_uniform_random_routing_drops_what_the_binomial_distribution_says(experts, factor, percent):
-    tokens, batches = 1024, 60
-    cfg = Capacity(factor=factor)
-    expected = expected_drop_rate(tokens, experts, cfg.places(tokens, 1, experts))
-    assert abs(100 * expected - percent) < 0.006
-    rng = np.random.default_rng(experts)
-    flat_NE = np.zeros((tokens, experts))
-    rates = []
-    for _ in range(batches):
-        wished_NK = rng.integers(0, experts, (tokens, 1))
-        _, plan = capacity.make_plan(wished_NK, flat_NE, flat_NE, cfg)
-        rates.append(1.0 - plan.token_R.size / tokens)
-    error = np.std(rates, ddof=1) / math.sqrt(batches)
-    assert abs(np.mean(rates) - expected) < 4.0 * error

@@ -30,10 +30,12 @@ ROOMS = {
     "moe": GROUND | {"ops"},
     "transformer": GROUND | {"ops", "moe"},
     "training": GROUND | {"ops", "moe", "transformer"},
-    "lab": GROUND | {"ops", "moe", "transformer", "training"},
+    "lab": GROUND | {"ops", "moe", "transformer", "training", "presets"},
     "classroom": GROUND | {"ops", "moe", "transformer"},
     "interop": GROUND | {"ops", "moe", "transformer", "training"},
-    "presets": {"config"},
+    "ledger": {"config"},
+    "presets": {"config", "ledger"},
+    "systems": {"config", "ledger", "presets"},
 }
 ANY = set(ROOMS) | {"commands", "settings"}
 ROOMS |= {"settings": ANY - {"commands"}, "commands": ANY, "__main__": {"commands"}, "": set()}

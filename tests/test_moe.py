@@ -20,9 +20,8 @@ from moe_numpy.config import (
     SwitchLoss,
     ZLoss,
 )
-from moe_numpy.moe import balance, layer, router
+from moe_numpy.moe import balance, experts, layer, mlp, router
 from moe_numpy.ops import softmax
-from moe_numpy.transformer import mlp
 
 N, C, E, F = 11, 6, 5, 3
 NOISES = (None, LearnedNoise(), GaussianNoise(std=0.8), InputJitter(eps=0.3))
@@ -106,8 +105,9 @@ def test_layer_agrees_with_the_judge_without_limit_in_training_and_evaluation(no
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_experts_agree_with_the_judge_for_every_activation(activation):
-    cfg = config(activation=activation, capacity=Capacity(factor=0.9))
+@pytest.mark.parametrize("expert_bias", [False, True])
+def test_experts_agree_with_the_judge_for_every_activation(activation, expert_bias):
+    cfg = config(activation=activation, expert_bias=expert_bias, capacity=Capacity(factor=0.9))
     agree(*draw(4, cfg), cfg)
 
 
@@ -162,7 +162,7 @@ def test_gradients_are_the_slopes_of_the_judge(gates, noise_kind, overflow):
 def test_one_expert_is_the_dense_mlp_forward_and_backward(activation):
     cfg = config(num_experts=1, top_k=1, activation=activation)
     x_NC, params, _ = draw(0, cfg)
-    dense = mlp.MLPParams(*(None if w is None else w[0] for w in params.experts))
+    dense = mlp.MLPParams(*(None if w is None else w[0] for w in params.experts[:4]))
     y_NC, aux, _, cache = layer.moe_forward(x_NC, params, cfg)
     dense_y, dense_cache = mlp.mlp_forward(x_NC, dense, activation)
     close(y_NC, dense_y)
@@ -181,11 +181,11 @@ def test_one_expert_is_the_dense_mlp_forward_and_backward(activation):
 def test_choosing_all_experts_is_the_full_softmax_mixture(gates):
     cfg = config(top_k=E, gate_weights=gates)
     x_NC, params, _ = draw(1, cfg)
-    w_in, _, w_out = (w if w is None else w.tolist() for w in params.experts)
+    w_in, _, w_out = (w if w is None else w.tolist() for w in params.experts[:3])
     for x, y in zip(x_NC, layer.moe_forward(x_NC, params, cfg)[0], strict=True):
         prob = oracles.softmax((x @ params.router.w_CE).tolist())
         outputs = [
-            oracles.mlp(x.tolist(), w_in[e], None, w_out[e], cfg.activation) for e in range(E)
+            oracles.mlp(x.tolist(), (w_in[e], None, w_out[e]), cfg.activation) for e in range(E)
         ]
         close(y, np.array(prob) @ np.array(outputs))
 
@@ -303,16 +303,87 @@ def test_a_renormalized_top_1_router_learns_nothing_from_the_task_and_a_raw_one_
 
 
 def test_an_expert_without_tokens_gets_zero_gradient():
-    cfg = config(top_k=2)
+    cfg = config(top_k=2, activation="swiglu3", expert_bias=True)
     x_NC, params, _ = draw(7, cfg)
     x_NC[:, 0] = 1.0
     params.router.w_CE[0, 3] = -50.0
     *_, report, cache = layer.moe_forward(x_NC, params, cfg)
     assert report.load_E[3] == 0
     _, grads = layer.moe_backward(np.ones((N, C)), 0.0, cache)
-    assert not grads.experts.in_ECF[3].any()
-    assert not grads.experts.out_EFC[3].any()
-    assert grads.experts.in_ECF[report.load_E > 0].any((1, 2)).all()
+    leaves = tree.leaves(grads.experts)
+    assert len(leaves) == 7
+    for leaf in leaves:
+        assert not leaf[3].any()
+        assert leaf[report.load_E > 0].reshape(E - 1, -1).any(1).all()
+    close(grads.experts.out_EC.sum(0), np.full(C, N))  # the gates of a token sum to one
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("offsets", [(0, 0, 4, 4, 7, 7), (0, 3, 3, 3, 5, 9), (0, 0, 0, 0, 0, 0)])
+def test_expert_linear_is_a_product_and_a_bias_for_every_row(offsets, few, monkeypatch):
+    monkeypatch.setattr(experts, "few_launches", lambda: few)
+    rng, R = np.random.default_rng(0), offsets[-1]
+    owner = [e for e in range(E) for _ in range(offsets[e], offsets[e + 1])]
+    x_RC, w_ECF, b_EF, dy_RF = (
+        rng.standard_normal(shape) for shape in ((R, C), (E, C, F), (E, F), (R, F))
+    )
+    y_RF, cache = experts.expert_linear_forward(x_RC, w_ECF, b_EF, offsets)
+    dx_RC, dw_ECF, db_EF = experts.expert_linear_backward(dy_RF, cache)
+    wanted_w, wanted_b = np.zeros((E, C, F)), np.zeros((E, F))
+    for r, e in enumerate(owner):
+        close(y_RF[r], oracles.affine(x_RC[r].tolist(), w_ECF[e].tolist(), b_EF[e].tolist()))
+        close(dx_RC[r], oracles.vec_mat(dy_RF[r].tolist(), w_ECF[e].T.tolist()))
+        wanted_w[e] += np.outer(x_RC[r], dy_RF[r])
+        wanted_b[e] += dy_RF[r]
+    close(dw_ECF, wanted_w)
+    close(db_EF, wanted_b)
+    assert y_RF.shape == dy_RF.shape
+
+
+# -------------------------------------------------------------------------- the start of experts
+def test_experts_start_as_the_dense_feed_forward_does_with_biases_at_zero():
+    cfg = config(activation="swiglu3", expert_bias=True)
+    params = experts.init_experts(np.random.default_rng(5), cfg, 40, "float64", depth=6)
+    rng = np.random.default_rng(5)
+    for leaf, fan_in, std in (
+        (params.in_ECF, 40, 40**-0.5),
+        (params.up_ECF, 40, 40**-0.5),
+        (params.out_EFC, F, 0.02 / 6**0.5),
+        (params.third_ECF, 40, 40**-0.5),
+    ):
+        wanted = rng.normal(0.0, std, (E, fan_in, leaf.shape[2]))
+        assert (leaf == wanted).all()
+    for leaf in (params.in_EF, params.up_EF, params.out_EC):
+        assert leaf.shape[0] == E
+        assert not leaf.any()
+    plain = experts.init_experts(np.random.default_rng(5), config(), 40, "float32", depth=6)
+    assert plain[1] is None
+    assert plain[3:] == (None,) * 4
+    assert (plain.in_ECF == params.in_ECF.astype("float32")).all()
+
+
+def test_scaled_experts_start_truncated_at_two_deviations_of_their_fan_in():
+    cfg = config(hidden=90, activation="swiglu3", init_scale=0.1)
+    params = experts.init_experts(np.random.default_rng(0), cfg, 60, "float64")
+    for leaf, fan_in in zip(params[:4], (60, 60, 90, 60), strict=True):
+        std = (0.1 / fan_in) ** 0.5
+        assert 1.99 * std < np.abs(leaf).max() <= 2.0 * std
+        close(leaf.std() / std, 0.8796, 0.02)  # of a normal cut at two deviations
+        close((np.abs(leaf) < std).mean(), 0.7152, 0.02)  # 0.6827 / 0.9545
+        assert np.unique(leaf).size == leaf.size
+
+
+@pytest.mark.parametrize("init_scale", [None, 0.1])
+def test_experts_that_start_the_same_are_copies_of_one(init_scale):
+    cfg = config(activation="swiglu3", same_start=True, init_scale=init_scale)
+    params = experts.init_experts(np.random.default_rng(0), cfg, C, "float32")
+    for leaf, shape in zip(params[:4], ((C, F), (C, F), (F, C), (C, F)), strict=True):
+        assert leaf.shape == (E, *shape)
+        assert leaf.dtype == np.float32
+        assert (leaf == leaf[0]).all()
+        assert np.unique(leaf[0]).size == leaf[0].size
+        leaf[1] = 0.0  # and no views of one
+        assert leaf[0].all()
 
 
 def test_top_k_takes_the_best_first_and_the_lower_index_of_equal_ones():

@@ -12,14 +12,22 @@ from moe_numpy import tree
 from moe_numpy.backend import xp
 from moe_numpy.classroom import registry
 from moe_numpy.config import (
+    Assignment,
     Capacity,
+    ExpertChoice,
     GaussianNoise,
+    GroupLimited,
+    Hierarchy,
     ImportanceLoss,
     InputJitter,
     LearnedNoise,
     LoadLoss,
     ModelConfig,
     MoEConfig,
+    SecondExpert,
+    Shared,
+    Sinkhorn,
+    SoftSlots,
     SwitchLoss,
     ZLoss,
 )
@@ -49,6 +57,43 @@ RUNS = {
         balance=(LoadLoss(),),
     ),
     "jitter": MoEConfig(num_experts=9, top_k=3, hidden=11, noise=InputJitter(eps=0.1)),
+    "sigmoid, groups, bias rule, shared": MoEConfig(
+        num_experts=9,
+        top_k=3,
+        hidden=11,
+        activation="clamped_swiglu",
+        score="sigmoid",
+        selection=GroupLimited(groups=3, kept=2),
+        bias_rate=0.1,
+        balance=(SwitchLoss(group=5),),
+        shared=Shared(hidden=14, gated=True),
+        router_bias=True,
+        expert_bias=True,
+    ),
+    "second expert, places in groups, kept gates, on the input": MoEConfig(
+        num_experts=9,
+        top_k=2,
+        hidden=11,
+        activation="swiglu3",
+        selection=SecondExpert(),
+        gate_weights="renormalized_kept",
+        gate_on="input",
+        capacity=Capacity(factor=0.7, priority="choice", group=5),
+    ),
+    "hierarchy": MoEConfig(
+        num_experts=9,
+        top_k=4,
+        hidden=11,
+        selection=Hierarchy(groups=3, kept=2),
+        noise=LearnedNoise(),
+        balance=(SwitchLoss(), ImportanceLoss(), LoadLoss(), ZLoss()),
+    ),
+    "assignment": MoEConfig(
+        num_experts=9, top_k=1, hidden=11, score="sqrt_softplus", selection=Assignment()
+    ),
+    "Sinkhorn": MoEConfig(num_experts=9, top_k=3, hidden=11, selection=Sinkhorn()),
+    "expert choice": MoEConfig(num_experts=9, top_k=3, hidden=11, selection=ExpertChoice()),
+    "soft slots": MoEConfig(num_experts=9, top_k=9, hidden=11, selection=SoftSlots(slots=2)),
     "dense": None,
 }
 
@@ -99,21 +144,44 @@ def watch(work):
     return wrong, seen
 
 
+LLAMA = {"norm": "rmsnorm", "positions": "rotary", "tied": False, "kv_heads": 2}
+EXOTIC = {
+    **LLAMA,
+    "head_size": 10,
+    "sandwich": True,
+    "attention_bias": True,
+    "sinks": True,
+    "logit_cap": 5.0,
+    "hidden": 13,
+}
+STYLES = {
+    "gpt": {},
+    "llama": LLAMA,
+    "exotic": {**EXOTIC, "qk_norm": "full"},
+    "exotic, norms by head": {**EXOTIC, "qk_norm": "head"},
+}
+
+
 @pytest.mark.parametrize("moe", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize("style", ["gpt", "llama"])
+@pytest.mark.parametrize("style", STYLES)
 def test_names_tell_the_truth_about_shapes(moe, style):
-    """All sizes differ: B 6, T 5, N 30, H 4, G 2, D 8, C 32, K 3, E 9, F 11 or 13, V 17, L 1."""
-    llama = {"norm": "rmsnorm", "positions": "rotary", "tied": False, "kv_heads": 2}
-    cfg = ModelConfig(
-        vocab_size=17,
-        context=7,
-        layers=1,
-        width=32,
-        heads=4,
-        hidden=None if moe else 13,
-        moe=moe,
-        **(llama if style == "llama" else {}),
-    )
+    """All sizes differ: B 6, T 5, N 30, H 4, G 2, D 8 or 10, C 32, K 3, E 9, F 11 or 13, V 17, L 1.
+
+    The exotic styles have an extra feed-forward beside the experts.
+    """
+    extra = moe is not None and "hidden" in STYLES[style]
+    knobs = {
+        "vocab_size": 17,
+        "context": 7,
+        "layers": 1,
+        "width": 32,
+        "heads": 4,
+        "hidden": None if moe else 13,
+        "moe": moe,
+        "causal": moe is None or not isinstance(moe.selection, ExpertChoice | SoftSlots),
+        "extra_ffn": extra,
+    }
+    cfg = ModelConfig(**knobs | STYLES[style])
     rng = np.random.default_rng(0)
     token_BT, target_BT = rng.integers(0, 17, (2, 6, 5))
 
@@ -123,11 +191,12 @@ def test_names_tell_the_truth_about_shapes(moe, style):
         loss, _, cache = model.loss_forward(token_BT, target_BT, params, cfg, noise)
         grads = model.loss_backward(xp.ones_like(loss), cache)
         assert [a.shape for a in tree.leaves(grads)] == [a.shape for a in tree.leaves(params)]
-        assert len(list(generation.generate(token_BT[0], params, cfg, 4, 0))) == 4
+        if cfg.causal:
+            assert len(list(generation.generate(token_BT[0], params, cfg, 4, 0))) == 4
 
     wrong, seen = watch(work)
-    assert {"model_forward", "model_backward", "scores_backward", "generate"} <= seen
-    assert not moe or {"moe_forward", "moe_backward", "make_plan", "combine_backward"} <= seen
+    assert {"model_forward", "model_backward", "scores_backward"} <= seen
+    assert not moe or {"moe_forward", "moe_backward", "experts_backward"} <= seen
     assert not wrong
 
 

@@ -7,9 +7,9 @@ import oracles
 import pytest
 
 from moe_numpy.config import ACTIVATIONS, GATED, MoEConfig
-from moe_numpy.moe import balance, capacity, dispatch, experts, router
+from moe_numpy.moe import balance, capacity, dispatch, experts, mlp, router
 from moe_numpy.ops import activation, linear, loss, norm, normal, rotary, softmax
-from moe_numpy.transformer import attention, mlp
+from moe_numpy.transformer import attention
 from moe_numpy.tree import leaves
 
 
@@ -45,9 +45,28 @@ def test_activations_agree_with_the_judge(kind):
 
 @pytest.mark.parametrize("kind", GATED)
 def test_gated_activations_agree_with_the_judge(kind):
-    gate, up = np.random.default_rng(0).normal(0.0, 3.0, (2, 300))
-    y, _ = activation.activate_forward(kind, gate, up)
-    close(y, [oracles.GATED[kind](g) * u for g, u in zip(gate.tolist(), up.tolist(), strict=True)])
+    branches = np.random.default_rng(0).normal(0.0, 5.0, (3 if kind == "swiglu3" else 2, 300))
+    y, _ = activation.activate_forward(kind, *branches)
+    units = zip(*branches.tolist(), strict=True)
+    close(y, [oracles.GATED[kind](*unit) for unit in units])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_clamped_swiglu_is_constant_beyond_its_bounds_and_learns_at_them(dtype):
+    gate = np.array([-1e4, -7.5, -7.0, 7.0, 7.5, 1e4], dtype)
+    up = np.array([-1e4, -7.5, -7.0, 7.0, 7.5, 1e4], dtype)
+    one = np.ones_like(gate)
+    y, cache = activation.clamped_swiglu_forward(gate, one)
+    dgate, _ = activation.clamped_swiglu_backward(one, cache)
+    assert abs(y[0]) < 1e-12
+    assert y[3] == y[4] == y[5]
+    assert abs(y[3] - 14.0) < 1e-3
+    assert (abs(dgate) > 1e-12).tolist() == [False, True, True, True, False, False]
+    y, cache = activation.clamped_swiglu_forward(one, up)
+    _, dup = activation.clamped_swiglu_backward(one, cache)
+    assert y[0] == y[1] == y[2] < 0.0 < y[3] == y[4] == y[5]
+    assert (dup != 0.0).tolist() == [False, False, True, True, False, False]
+    assert y.dtype == dgate.dtype == dup.dtype == dtype
 
 
 def test_gelu_and_its_tanh_form_differ_by_less_than_a_thousandth():
@@ -226,12 +245,18 @@ def list_pairs(dtype):
     R, one = plan.token_R.size, np.dtype(dtype).type(0.7)
     cfg = MoEConfig(num_experts=4, top_k=2, hidden=3, activation="swiglu")
     weights = experts.ExpertParams(r(4, 5, 3), r(4, 5, 3), r(4, 3, 5))
+    biased_cfg = MoEConfig(num_experts=4, top_k=2, hidden=3, activation="swiglu3", expert_bias=True)
+    biased = weights._replace(third_ECF=r(4, 5, 3), in_EF=r(4, 3), up_EF=r(4, 3), out_EC=r(4, 5))
+    mlp_weights = mlp.MLPParams(r(4, 3), None, r(3, 4))
+    widest = mlp.MLPParams(r(4, 3), r(4, 3), r(3, 4), r(4, 3))
     target_N = np.array([0, 3, 1, 2, 2, 0, 1])
-    plain = ("relu", "sigmoid", "softplus", "silu", "gelu", "gelu_tanh")
+    plain = ("identity", "relu", "sigmoid", "softplus", "silu", "gelu", "gelu_tanh")
     return [
         *((kind, (x,), (r(7, 4),)) for kind in (*plain, "softmax", "log_softmax")),
-        *((kind, (x, r(7, 4)), (r(7, 4),)) for kind in GATED),
+        *((kind, (x, r(7, 4)), (r(7, 4),)) for kind in GATED if kind != "swiglu3"),
+        ("swiglu3", (x, r(7, 4), r(7, 4)), (r(7, 4),)),
         ("activate", ("silu", x), (r(7, 4),)),
+        ("activate", ("swiglu3", x, r(7, 4), r(7, 4)), (r(7, 4),)),
         ("linear", (x, r(4, 3)), (r(7, 3),)),
         ("linear", (x, r(4, 3), r(3)), (r(7, 3),)),
         ("embedding", (target_N, r(5, 4)), (r(7, 4),)),
@@ -250,9 +275,20 @@ def list_pairs(dtype):
         ("dispatch", (r(7, 5), plan), (r(R, 5),)),
         ("combine", (r(R, 5), r(7, 2), plan), (r(7, 5),)),
         ("grouped_linear", (r(R, 5), r(4, 5, 3), plan.offsets), (r(R, 3),)),
+        ("grouped_bias", (r(R, 3), r(4, 3), plan.offsets), (r(R, 3),)),
+        ("expert_linear", (r(R, 5), r(4, 5, 3), r(4, 3), plan.offsets), (r(R, 3),)),
+        ("expert_linear", (r(R, 5), r(4, 5, 3), None, plan.offsets), (r(R, 3),)),
         ("experts", (r(R, 5), weights, cfg, plan.offsets), (r(R, 5),)),
+        ("experts", (r(R, 5), biased, biased_cfg, plan.offsets), (r(R, 5),)),
         ("scores", (r(2, 3, 4, 6), r(2, 3, 5, 6)), (r(2, 3, 4, 5),)),
-        ("mlp", (x, mlp.MLPParams(r(4, 3), None, r(3, 4)), "gelu"), (r(7, 4),)),
+        ("scores", (r(2, 3, 4, 6), r(2, 3, 5, 6), r(3), 1.3, 0.7), (r(2, 3, 4, 5),)),
+        ("sink_softmax", (r(2, 3, 4, 6), r(3)), (r(2, 3, 4, 6),)),
+        ("soft_cap", (x, 0.7), (r(7, 4),)),
+        ("qk_norm", (r(2, 3, 4, 6), r(6), "head"), (r(2, 3, 4, 6),)),
+        ("qk_norm", (r(2, 3, 4, 6), r(18), "full"), (r(2, 3, 4, 6),)),
+        ("qk_norm", (r(2, 3, 4, 6), None, "l2"), (r(2, 3, 4, 6),)),
+        ("mlp", (x, mlp_weights, "gelu"), (r(7, 4),)),
+        ("mlp", (x, widest, "swiglu3"), (r(7, 4),)),
     ]
 
 

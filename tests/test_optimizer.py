@@ -129,6 +129,19 @@ def test_weight_decay_shrinks_matrices_alone_and_does_not_pass_through_the_avera
         assert not any(leaf.any() for leaf in tree.leaves(state))
 
 
+def test_biases_of_heads_and_experts_do_not_decay_although_they_have_two_axes():
+    moe = tiny.moe(expert_bias=True, router_bias=True, activation="swiglu")
+    flavors = {"attention_bias": True, "sinks": True, "qk_norm": "full", "tied": False}
+    run = loop.new_run(tiny.corpus(), tiny.model(moe, **flavors), tiny.training())
+    ones = tree.map(np.ones_like, run.params)
+    zero = tree.map(np.zeros_like, ones)
+    optimizer.update(ones, zero, run.state, SGD(weight_decay=0.5), 0, 0.1)
+    leaves = tree.named_leaves(ones)
+    spared = {name.rpartition(".")[2] for name, leaf in leaves if (leaf == 1).all()}
+    assert spared >= {"q_HD", "k_GD", "v_GD", "out_C", "sink_H", "in_EF", "up_EF", "out_EC"}
+    assert not spared & {"q_CHD", "in_ECF", "out_EFC", "w_CE", "token_VC", "head_CV"}
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_the_first_step_of_adamw_is_the_rate_whatever_the_size_of_the_gradient(size):
     start = np.zeros((2, 2))

@@ -51,6 +51,54 @@ SHAPES = [
         ({}, {"moe": EXPERTS}, {"moe": EXPERTS, "moe_layers": (1,), "activation": "swiglu"}),
     )
 ]
+LLAMA = {"norm": "rmsnorm", "positions": "rotary", "tied": False, "kv_heads": 2}
+FLAVORS = {
+    "Grok": {
+        **LLAMA,
+        "tied": True,
+        "head_size": 6,
+        "sandwich": True,
+        "logit_cap": 0.8,
+        "embedding_scale": 2.5,
+        "logit_scale": 0.6,
+        "moe": EXPERTS,
+    },
+    "OLMoE": {**LLAMA, "qk_norm": "full", "norm_eps": 0.1, "moe": EXPERTS},
+    "Qwen3": {**LLAMA, "qk_norm": "head", "head_size": 10, "theta": 30.0, "moe": EXPERTS},
+    "Llama 4": {**LLAMA, "qk_norm": "l2", "norm_eps": 0.1, "moe": EXPERTS},
+    "gpt-oss": {**LLAMA, "attention_bias": True, "sinks": True, "head_size": 6, "moe": EXPERTS},
+    "OpenMoE": {
+        **LLAMA,
+        "attention_scale": 1.0,
+        "extra_ffn": True,
+        "balance_over_layers": "mean",
+        "hidden": 6,
+        "moe": EXPERTS,
+        "moe_layers": (1,),
+    },
+    "everything": {
+        **LLAMA,
+        "norm": "layernorm",
+        "sandwich": True,
+        "attention_bias": True,
+        "qk_norm": "full",
+        "sinks": True,
+        "logit_cap": 1.5,
+        "attention_scale": 0.7,
+        "norm_eps": 0.2,
+        "extra_ffn": True,
+        "hidden": 6,
+        "moe": EXPERTS,
+    },
+}
+ENCODERS = {
+    "encoder": {"causal": False},
+    "encoder with sinks": {**FLAVORS["everything"], "causal": False},
+}
+
+
+def parametrize(flavors):
+    return pytest.mark.parametrize("flavor", flavors.values(), ids=flavors)
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -62,12 +110,25 @@ def test_attention_agrees_with_the_judge_at_every_position_and_head(positions, g
     params = draw(1, cfg).blocks[0].attention
     x_BTC = rng.standard_normal((2, T, 16))
     y_BTC, cache = attention.attention_forward(x_BTC, params, cfg)
-    a_BHTS = cache[2][0]
+    assert_attention_is_that_of_the_judge(x_BTC, y_BTC, cache, params, cfg)
+
+
+@parametrize(FLAVORS | ENCODERS)
+def test_every_flavor_of_attention_agrees_with_the_judge(flavor):
+    cfg = config(**flavor)
+    params = draw(1, cfg).blocks[0].attention
+    x_BTC = np.random.default_rng(0).standard_normal((2, T, 16))
+    y_BTC, cache = attention.attention_forward(x_BTC, params, cfg)
+    assert_attention_is_that_of_the_judge(x_BTC, y_BTC, cache, params, cfg)
+
+
+def assert_attention_is_that_of_the_judge(x_BTC, y_BTC, cache, params, cfg):
+    *_, a_BHTS, _, _ = cache
     assert a_BHTS.shape == (2, 4, T, T)
     for b, t in itertools.product(range(2), range(T)):
-        answer, weights = oracles.attend(x_BTC[b], t, params, positions == "rotary")
+        answer, weights = oracles.attend(x_BTC[b], t, params, cfg)
         close(y_BTC[b, t], answer)
-        close(a_BHTS[b, :, t, : t + 1], weights)
+        close(a_BHTS[b, :, t, : len(weights[0])], weights)
 
 
 def test_nobody_attends_to_the_future_and_the_weights_sum_to_one():
@@ -80,8 +141,72 @@ def test_nobody_attends_to_the_future_and_the_weights_sum_to_one():
             now = 6 - queries + t
             assert (a_BHTS[:, :, t, now + 1 :] == 0.0).all()
             assert (a_BHTS[:, :, t, : now + 1] > 0.0).all()
-        _, dk_BHSD = attention.scores_backward(rng.standard_normal(a_BHTS.shape), cache)
+        _, dk_BHSD, dsink_H = attention.scores_backward(rng.standard_normal(a_BHTS.shape), cache)
         assert dk_BHSD.any()
+        assert dsink_H is None
+
+
+def test_a_sink_takes_attention_away_and_a_small_one_none():
+    rng = np.random.default_rng(0)
+    q_BHTD, k_BHSD = rng.standard_normal((2, 2, 3, 5, 4))
+    plain, _ = attention.scores_forward(q_BHTD, k_BHSD)
+    for sink in (-1e4, -2.0, 0.0, 3.0, 1e4):
+        weights, _ = attention.scores_forward(q_BHTD, k_BHSD, np.array([sink, -1e4, sink]))
+        close(weights[:, 1], plain[:, 1])
+        left = weights.sum(-1, keepdims=True)
+        assert (left <= 1.0 + 1e-12).all()
+        if abs(sink) < 1e4:
+            assert (left[:, 0] < 1.0).all()
+            close(weights[:, 0], (left * plain)[:, 0])  # taken from all positions alike
+    assert not weights[:, 0].any()
+
+
+def test_the_cap_bounds_large_logits_and_leaves_small_ones():
+    rng = np.random.default_rng(0)
+    q_BHTD, k_BHSD = rng.standard_normal((2, 2, 3, 5, 4))
+    plain, _ = attention.scores_forward(q_BHTD, k_BHSD)
+    close(attention.scores_forward(q_BHTD, k_BHSD, cap=1e8)[0], plain)
+    capped, cache = attention.scores_forward(1e6 * q_BHTD, k_BHSD, cap=0.5)
+    past = capped[..., np.tri(5, dtype=bool)]
+    assert past.min() > math.exp(-1.0) / 6  # of at most five logits from -0.5 to 0.5
+    gradients = attention.scores_backward(np.ones_like(capped), cache)
+    assert all(np.isfinite(grad).all() for grad in gradients[:2])
+
+
+@pytest.mark.parametrize("kind", ["head", "full", "l2"])
+def test_normalized_queries_do_not_feel_how_large_they_were(kind):
+    x_BHTD = np.random.default_rng(0).standard_normal((2, 3, 5, 4))
+    gain = {"head": np.linspace(0.5, 2.0, 4), "full": np.linspace(0.5, 2.0, 12), "l2": None}[kind]
+    small, _ = attention.qk_norm_forward(x_BHTD, gain, kind, 1e-16)
+    large, _ = attention.qk_norm_forward(1e3 * x_BHTD, gain, kind, 1e-16)
+    close(small, large)
+    one_head = x_BHTD * np.array([1.0, 5.0, 1.0])[:, None, None]
+    changed, _ = attention.qk_norm_forward(one_head, gain, kind, 1e-16)
+    alone = np.abs(changed - small).max((0, 2, 3)) < 1e-12
+    assert alone.all() == (kind != "full")
+
+
+def test_a_norm_without_gain_may_stand_before_the_rotation_or_after_it():
+    x_BHTD, position_T = np.random.default_rng(0).standard_normal((2, 3, 5, 4)), np.arange(5)
+    turned, _ = rotary.rotary_forward(x_BHTD, position_T)
+    after, _ = attention.qk_norm_forward(turned, None, "l2", 0.1)
+    normed, _ = attention.qk_norm_forward(x_BHTD, None, "l2", 0.1)
+    close(rotary.rotary_forward(normed, position_T)[0], after)
+
+
+def test_optional_parameters_start_without_effect_and_have_the_sizes_of_the_heads():
+    cfg = config(**FLAVORS["everything"], head_size=10)
+    params = model.init_model(np.random.default_rng(0), cfg).blocks[0].attention
+    assert params.q_CHD.shape == (16, 4, 10)
+    assert params.out_HDC.shape == (4, 10, 16)
+    biases = (params.q_HD, params.k_GD, params.v_GD, params.out_C, params.sink_H)
+    assert [b.shape for b in biases] == [(4, 10), (2, 10), (2, 10), (16,), (4,)]
+    assert not any(b.any() for b in biases)
+    assert [g.shape for g in (params.q_gain, params.k_gain)] == [(40,), (20,)]
+    assert (params.q_gain == 1.0).all()
+    assert (params.k_gain == 1.0).all()
+    plain = model.init_model(np.random.default_rng(0), config()).blocks[0].attention
+    assert plain[4:] == (None,) * 7
 
 
 def test_rotary_turns_keep_lengths_and_depend_on_the_distance_only():
@@ -115,6 +240,27 @@ def test_logits_agree_with_the_judge(shape, norm, tied):
     assert len(reports) == (0 if cfg.moe is None else len(cfg.moe_layers or (0, 1)))
 
 
+@parametrize(FLAVORS | ENCODERS)
+def test_the_logits_of_every_flavor_agree_with_the_judge(flavor):
+    cfg = config(**flavor)
+    params = draw(2, cfg)
+    token_BT = np.random.default_rng(0).integers(0, V, (2, 5))
+    logits_BTV, _, _, _ = model.model_forward(token_BT, params, cfg)
+    for b in range(2):
+        close(logits_BTV[b], oracles.model_logits(token_BT[b].tolist(), params, cfg))
+
+
+def test_an_encoder_sees_later_tokens():
+    token_BT = np.random.default_rng(1).integers(0, V, (1, T))
+    changed_BT = token_BT.copy()
+    changed_BT[:, -1] = (changed_BT[:, -1] + 1) % V
+    for causal in (True, False):
+        cfg = config(causal=causal)
+        params = draw(3, cfg)
+        before, after = (model.model_forward(u, params, cfg)[0] for u in (token_BT, changed_BT))
+        assert (np.abs(before - after)[:, :-1].max(-1) > 1e-6).all() == (not causal)
+
+
 @pytest.mark.parametrize("limit", [None, Capacity(factor=0.7), Capacity(overflow="next_best")])
 def test_logits_do_not_depend_on_later_tokens(limit):
     experts = MoEConfig(num_experts=3, top_k=2, hidden=5, capacity=limit)
@@ -140,13 +286,26 @@ def test_the_model_adds_up_the_balance_terms_of_its_layers():
     for block in params.blocks:
         for x_TC in stream:  # one sequence after the other
             seen = np.array([oracles.normalize(x, block.norm_1) for x in x_TC.tolist()])
-            x_TC += [oracles.attend(seen, t, block.attention, rotary=False)[0] for t in range(T)]
+            x_TC += [oracles.attend(seen, t, block.attention, cfg)[0] for t in range(T)]
         rows = stream.reshape(-1, cfg.width)  # the experts see the tokens of both
         seen = np.array([oracles.normalize(x, block.norm_2) for x in rows.tolist()])
         found = oracles.moe_layer(seen, block.feed, cfg.moe)
         rows += found.y
         total += found.aux
     close(report.aux, total, 1e-11)
+
+
+def test_the_balance_terms_may_be_averaged_over_the_layers_with_experts():
+    terms = (SwitchLoss(weight=0.5), ZLoss(weight=0.1))
+    experts = MoEConfig(num_experts=3, top_k=2, hidden=5, balance=terms)
+    token_BT = np.random.default_rng(0).integers(0, V, (2, T))
+    aux = {}
+    for over in ("sum", "mean"):
+        shape = {"layers": 4, "moe": experts, "moe_layers": (0, 1, 3), "hidden": 6}
+        cfg = config(**shape, balance_over_layers=over)
+        aux[over] = model.loss_forward(token_BT, token_BT, draw(4, cfg), cfg)[1].aux
+    close(aux["sum"], 3.0 * aux["mean"])
+    assert aux["mean"] > 0.1
 
 
 def test_the_dense_twin_has_no_experts_no_aux_and_no_noise():
@@ -263,8 +422,21 @@ def test_float32_parameters_give_float32_everywhere(norm, positions, limit):
             assert grad.dtype == np.float32, name
 
 
+@parametrize(FLAVORS | ENCODERS)
+def test_every_flavor_keeps_float32(flavor):
+    cfg = config(**flavor)
+    params = model.init_model(np.random.default_rng(0), cfg)
+    assert all(leaf.dtype == np.float32 for leaf in tree.leaves(params))
+    token_BT, target_BT = np.random.default_rng(1).integers(0, V, (2, 2, T))
+    loss, report, cache = model.loss_forward(token_BT, target_BT, params, cfg)
+    assert loss.dtype == report.aux.dtype == np.float32
+    assert model.model_forward(token_BT, params, cfg)[0].dtype == np.float32
+    for name, grad in tree.named_leaves(model.loss_backward(loss.dtype.type(1), cache)):
+        assert grad.dtype == np.float32, name
+
+
 # ------------------------------------------------------------------------------------ generation
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *FLAVORS.values()])
 @pytest.mark.parametrize("chunks", [[1] * T, [3, 1, 1, 1, 1], [2, 3, 2], [T]])
 def test_kept_keys_and_values_give_the_logits_of_the_full_forward(shape, chunks):
     cfg = config(**shape)
@@ -308,6 +480,21 @@ def test_greedy_generation_is_that_of_full_forwards_even_beyond_the_context(posi
         assert cold == list(generation.generate(prompt, params, cfg, 20, rng=2, top_k=1))
         seen |= set(wanted)
     assert len(seen) >= 3, "the models are too monotonous to tell anything"
+
+
+@parametrize(FLAVORS)
+def test_greedy_generation_of_every_flavor_is_that_of_full_forwards(flavor):
+    cfg = config(**flavor)
+    params = draw(1, cfg)
+    wanted = greedy([1, 2, 3], params, cfg, 12)
+    assert list(generation.generate([1, 2, 3], params, cfg, 12, temperature=0)) == wanted
+
+
+@parametrize(ENCODERS)
+def test_generation_refuses_an_encoder(flavor):
+    cfg = config(**flavor)
+    with pytest.raises(ValueError, match="must be causal, got causal=False"):
+        generation.generate([1], draw(0, cfg), cfg, 2)
 
 
 def test_generation_keeps_yielding_known_tokens_and_the_seed_decides():

@@ -13,42 +13,25 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from moe_numpy import tree
+from moe_numpy.classroom import cases_routing, cases_systems, cases_transformer
+from moe_numpy.classroom.cases_routing import moe_config
 from moe_numpy.classroom.gradcheck import Case
+from moe_numpy.classroom.sizes import B, C, E, F, K, N, V, chosen, generic
 from moe_numpy.config import (
     ACTIVATIONS,
     GATED,
     Capacity,
     GaussianNoise,
-    ImportanceLoss,
     InputJitter,
     LearnedNoise,
-    LoadLoss,
-    ModelConfig,
-    MoEConfig,
-    SwitchLoss,
-    ZLoss,
 )
-from moe_numpy.moe import capacity, experts, layer, router
-from moe_numpy.transformer import attention, block, mlp, model
+from moe_numpy.moe import capacity, experts, mlp, router
 
-N, C, E, F, K, V = 7, 5, 4, 3, 2, 11
-B, T = 2, 5
 OFFSETS = (0, 3, 3, 8, 9)  # nine rows for four experts; the second has none
-ALL_TERMS = (SwitchLoss(weight=0.7), ImportanceLoss(weight=0.3), LoadLoss(weight=0.5), ZLoss())
-
-
-def generic(rng: Generator, params: tree.Tree, spread: float = 0.6) -> tree.Tree:
-    """Replace every number of a tree by a random one."""
-    return tree.map(lambda leaf: rng.normal(0.2, spread, leaf.shape), params)
 
 
 def _x(*shape: int) -> Callable[[Generator], list[Case]]:
     return lambda rng: [Case("", (rng.normal(0.3, 1.5, shape),))]
-
-
-def _chosen(rng: Generator, tokens: int = N) -> np.ndarray:
-    return np.stack([rng.permutation(E)[:K] for _ in range(tokens)])
 
 
 def _linear(rng: Generator) -> list[Case]:
@@ -61,37 +44,16 @@ def _embedding(rng: Generator) -> list[Case]:
     return [Case("", (token_BT, rng.normal(size=(V, C))))]
 
 
-def _gated(rng: Generator) -> list[Case]:
-    return [Case("", (rng.normal(size=(N, F)), rng.normal(size=(N, F))))]
+def _branches(count: int, spread: float = 1.0) -> Callable[[Generator], list[Case]]:
+    return lambda rng: [Case("", tuple(rng.normal(0.0, spread, (count, N, F))))]
 
 
 def _activate(rng: Generator) -> list[Case]:
-    def arguments(kind: str) -> tuple:
-        up = (rng.normal(size=(N, F)),) if kind in GATED else ()
-        return (kind, rng.normal(size=(N, F)), *up)
+    def case(kind: str) -> Case:
+        count = {"swiglu3": 3}.get(kind, 2 if kind in GATED else 1)
+        return Case(kind, (kind, *rng.normal(size=(count, N, F))))
 
-    return [Case(kind, arguments(kind)) for kind in ACTIVATIONS]
-
-
-def _norm(bias: bool) -> Callable[[Generator], list[Case]]:
-    def build(rng: Generator) -> list[Case]:
-        extra = (rng.normal(size=C),) if bias else ()
-        return [Case("", (rng.normal(1.0, 2.0, (B, N, C)), rng.normal(1, 1, C), *extra))]
-
-    return build
-
-
-def _normalize(rng: Generator) -> list[Case]:
-    x = rng.normal(1.0, 2.0, (N, C))
-    gain, bias = rng.normal(1, 1, C), rng.normal(size=C)
-    return [
-        Case("layer norm", (x, block.NormParams(gain, bias))),
-        Case("RMS norm", (x, block.NormParams(gain, None))),
-    ]
-
-
-def _rotary(rng: Generator) -> list[Case]:
-    return [Case("", (rng.normal(size=(B, 3, T, 6)), np.arange(2, 2 + T)))]
+    return [case(kind) for kind in ACTIVATIONS]
 
 
 def _cross_entropy(rng: Generator) -> list[Case]:
@@ -102,15 +64,11 @@ def _cross_entropy(rng: Generator) -> list[Case]:
     ]
 
 
-def _moe_config(**changes: Any) -> MoEConfig:
-    return MoEConfig(**{"num_experts": E, "top_k": K, "hidden": F} | changes)
-
-
 def _router(rng: Generator) -> list[Case]:
     x_NC = rng.normal(size=(N, C))
 
     def case(name: str, noise_shape: tuple | None, **changes: Any) -> Case:
-        cfg = _moe_config(**changes)
+        cfg = moe_config(**changes)
         params = generic(rng, router.init_router(rng, cfg, C, "float64"))
         noise = None if noise_shape is None else rng.normal(size=noise_shape)
         constant = frozenset({"noise"} if noise_shape else ())
@@ -129,7 +87,7 @@ def _router(rng: Generator) -> list[Case]:
 
 
 def _gate(rng: Generator) -> list[Case]:
-    return [Case("", (rng.normal(size=(N, E)), _chosen(rng)))]
+    return [Case("", (rng.normal(size=(N, E)), chosen(rng)))]
 
 
 def _plan(rng: Generator) -> capacity.Plan:
@@ -154,21 +112,33 @@ def _grouped_linear(rng: Generator) -> list[Case]:
     return [Case("", (rng.normal(size=(9, C)), rng.normal(size=(E, C, F)), OFFSETS))]
 
 
+def _grouped_bias(rng: Generator) -> list[Case]:
+    return [Case("", (rng.normal(size=(9, F)), rng.normal(size=(E, F)), OFFSETS))]
+
+
+def _expert_linear(rng: Generator) -> list[Case]:
+    x_RC, w_ECF, b_EF = rng.normal(size=(9, C)), rng.normal(size=(E, C, F)), rng.normal(size=(E, F))
+    return [
+        Case("bias", (x_RC, w_ECF, b_EF, OFFSETS)),
+        Case("no bias", (x_RC, w_ECF, None, OFFSETS)),
+    ]
+
+
 def _experts(rng: Generator) -> list[Case]:
-    def case(kind: str) -> Case:
-        cfg = _moe_config(activation=kind)
+    def case(name: str, kind: str, **changes: Any) -> Case:
+        cfg = moe_config(activation=kind, **changes)
         params = generic(rng, experts.init_experts(rng, cfg, C, "float64"))
-        return Case(kind, (rng.normal(size=(9, C)), params, cfg, OFFSETS))
+        return Case(name, (rng.normal(size=(9, C)), params, cfg, OFFSETS))
 
-    return [case(kind) for kind in ACTIVATIONS]
-
-
-def _switch_loss(rng: Generator) -> list[Case]:
-    return [Case("", (rng.random((N, E)), _chosen(rng)))]
+    biased = ("relu", "clamped_swiglu", "swiglu3")
+    return [
+        *(case(kind, kind) for kind in ACTIVATIONS),
+        *(case(f"{kind}, biases", kind, expert_bias=True) for kind in biased),
+    ]
 
 
 def _importance(rng: Generator) -> list[Case]:
-    return [Case("", (rng.random((N, K)), _chosen(rng), E))]
+    return [Case("", (rng.random((N, K)), chosen(rng), E))]
 
 
 def _load(rng: Generator) -> list[Case]:
@@ -177,168 +147,31 @@ def _load(rng: Generator) -> list[Case]:
     return [Case("", (clean_NE, clean_NE + noise_NE * scale_NE, scale_NE, K))]
 
 
-def _balance(rng: Generator) -> list[Case]:
-    clean_NE, noise_NE = rng.normal(size=(2, N, E))
-    scale_NE, prob_NE, gate_NK = rng.random((N, E)) + 0.3, rng.random((N, E)), rng.random((N, K))
-    args = (clean_NE, clean_NE + noise_NE * scale_NE, scale_NE, prob_NE, gate_NK)
-    cfg = _moe_config(noise=LearnedNoise(), balance=ALL_TERMS)
-    return [Case("all terms", (*args, _chosen(rng), _chosen(rng), cfg))]
-
-
-def _moe(rng: Generator) -> list[Case]:
-    def case(name: str, noise_shape: tuple | None = None, **changes: Any) -> Case:
-        cfg = _moe_config(**changes)
-        params = generic(rng, layer.init_moe(rng, cfg, C, "float64"))
-        noise = None if noise_shape is None else rng.normal(size=noise_shape)
-        zero = {"params.router.bias_E"} if cfg.bias_rate else set()
-        if name == "renormalized top-1":
-            zero |= {"params.router.w_CE"}
-        return Case(
-            name,
-            (rng.normal(size=(N, C)), params, cfg, noise),
-            zero=frozenset(zero),
-            constant=frozenset({"noise"} if noise_shape else ()),
-        )
-
-    tight = {"factor": 0.7}
-    return [
-        case("top-1, raw", top_k=1, balance=(SwitchLoss(weight=1.0),)),
-        case("renormalized top-1", top_k=1, gate_weights="renormalized"),
-        case("top-2, renormalized, gated", activation="swiglu", balance=(ZLoss(weight=1.0),)),
-        case("all experts", top_k=E, gate_weights="raw", balance=(ZLoss(weight=1.0),)),
-        case(
-            "learned noise, all terms, drops",
-            (N, E),
-            noise=LearnedNoise(),
-            balance=ALL_TERMS,
-            capacity=Capacity(**tight),
-        ),
-        case(
-            "fixed noise, bias, next best",
-            (N, E),
-            gate_weights="raw",
-            noise=GaussianNoise(std=0.8),
-            balance=(SwitchLoss(weight=0.7), ImportanceLoss(weight=0.3)),
-            bias_rate=0.1,
-            bias_with_loss=True,
-            capacity=Capacity(overflow="next_best", priority="choice"),
-        ),
-        case("fixed noise, load", (N, E), noise=GaussianNoise(std=0.8), balance=(LoadLoss(),)),
-        case(
-            "jitter, next best by score",
-            (N, C),
-            noise=InputJitter(eps=0.3),
-            balance=(SwitchLoss(weight=1.0),),
-            capacity=Capacity(overflow="next_best", priority="score"),
-        ),
-    ]
-
-
-def _model_config(**changes: Any) -> ModelConfig:
-    sizes = {"vocab_size": V, "context": T + 1, "layers": 2, "width": 8, "heads": 4}
-    return ModelConfig(**sizes | {"hidden": 6} | changes)
-
-
-MIXTRAL_STYLE = {
-    "kv_heads": 2,
-    "hidden": None,
-    "norm": "rmsnorm",
-    "positions": "rotary",
-    "tied": False,
-    "moe": _moe_config(activation="swiglu", balance=(SwitchLoss(weight=0.5),)),
-}
-NOISY_MIX = {  # a dense layer, then a MoE layer with noise and limits
-    "moe_layers": (1,),
-    "moe": _moe_config(
-        noise=LearnedNoise(),
-        balance=ALL_TERMS,
-        capacity=Capacity(factor=0.9, overflow="next_best"),
-    ),
-}
-
-
-def _scores(rng: Generator) -> list[Case]:
-    q_BHTD, k_BHSD = rng.normal(size=(B, 3, T, 2)), rng.normal(size=(B, 3, T + 2, 2))
-    square = Case("all positions", (q_BHTD, k_BHSD[:, :, :T]))
-    return [square, Case("after two earlier positions", (q_BHTD, k_BHSD))]
-
-
-def _attention(rng: Generator) -> list[Case]:
-    def case(name: str, **changes: Any) -> Case:
-        cfg = _model_config(**changes)
-        params = generic(rng, attention.init_attention(rng, cfg, "float64"))
-        return Case(name, (rng.normal(size=(B, T, cfg.width)), params, cfg))
-
-    return [case("learned positions"), case("rotary, grouped", kv_heads=2, positions="rotary")]
-
-
 def _mlp(rng: Generator) -> list[Case]:
     def case(kind: str) -> Case:
-        cfg = _model_config(activation=kind)
-        params = generic(rng, mlp.init_mlp(rng, cfg, "float64"))
-        return Case(kind, (rng.normal(size=(N, cfg.width)), params, kind))
+        params = generic(rng, mlp.init_mlp(rng, C, F, kind, "float64", 2))
+        return Case(kind, (rng.normal(size=(N, C)), params, kind))
 
-    return [case("gelu_tanh"), case("swiglu")]
-
-
-def _block(rng: Generator) -> list[Case]:
-    def case(name: str, **changes: Any) -> Case:
-        cfg = _model_config(**changes)
-        params = generic(rng, block.init_block(rng, cfg, 1, "float64"))
-        noisy = cfg.moe is not None and cfg.moe.noise is not None
-        noise = rng.normal(size=(B * T, E)) if noisy else None
-        return Case(
-            name,
-            (rng.normal(size=(B, T, cfg.width)), params, cfg, noise),
-            constant=frozenset({"noise"} if noisy else ()),
-        )
-
-    return [case("dense"), case("Mixtral style", **MIXTRAL_STYLE), case("noisy", **NOISY_MIX)]
-
-
-def _whole(with_target: bool) -> Callable[[Generator], list[Case]]:
-    def build(rng: Generator) -> list[Case]:
-        def case(name: str, changes: dict, **kwargs: Any) -> Case:
-            cfg = _model_config(**changes)
-            params = generic(rng, model.init_model(rng, cfg, "float64"), 0.4)
-            noise = model.draw_noise(rng, cfg, B * T, "float64")
-            target = (rng.integers(0, V, (B, T)),) if with_target else ()
-            token_BT = rng.integers(0, V, (B, T))
-            return Case(
-                name,
-                (token_BT, *target, params, cfg, noise),
-                kwargs,
-                constant=frozenset({"noise"} if noise else ()),
-            )
-
-        smoothing = {"smoothing": 0.1} if with_target else {}
-        return [
-            case("dense, tied", {}, **smoothing),
-            case("Mixtral style", MIXTRAL_STYLE),
-            case("noise, limits, a dense layer", NOISY_MIX),
-        ]
-
-    return build
+    return [case(kind) for kind in ACTIVATIONS]
 
 
 CASES: dict[str, Callable[[Generator], list[Case]]] = {
     "linear": _linear,
     "embedding": _embedding,
+    "identity": _x(N, F),
     "relu": _x(N, F),
     "sigmoid": _x(N, F),
     "softplus": _x(N, F),
     "silu": _x(N, F),
     "gelu": _x(N, F),
     "gelu_tanh": _x(N, F),
-    "swiglu": _gated,
-    "geglu": _gated,
+    "swiglu": _branches(2),
+    "geglu": _branches(2),
+    "clamped_swiglu": _branches(2, spread=7.0),  # some of both lies beyond the bounds
+    "swiglu3": _branches(3),
     "activate": _activate,
     "softmax": _x(B, N, E),
     "log_softmax": _x(N, V),
-    "rms_norm": _norm(bias=False),
-    "layer_norm": _norm(bias=True),
-    "normalize": _normalize,
-    "rotary": _rotary,
     "cross_entropy": _cross_entropy,
     "router": _router,
     "raw_gate": _gate,
@@ -347,18 +180,13 @@ CASES: dict[str, Callable[[Generator], list[Case]]] = {
     "combine": _combine,
     "grouped_linear": _grouped_linear,
     "padded_linear": _grouped_linear,
+    "grouped_bias": _grouped_bias,
+    "expert_linear": _expert_linear,
     "experts": _experts,
-    "switch_loss": _switch_loss,
     "importance": _importance,
     "load": _load,
     "cv_squared": lambda rng: [Case("", (rng.random(E) + 0.1,))],
     "z_loss": _x(N, E),
-    "balance": _balance,
-    "moe": _moe,
-    "scores": _scores,
-    "attention": _attention,
     "mlp": _mlp,
-    "block": _block,
-    "model": _whole(with_target=False),
-    "loss": _whole(with_target=True),
 }
+CASES |= cases_routing.CASES | cases_systems.CASES | cases_transformer.CASES

@@ -8,19 +8,13 @@ without either: it shows what the router has learned.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from moe_numpy import backend, config, progress
+from moe_numpy import backend, config
 from moe_numpy.config import (
     Capacity,
     LearnedNoise,
@@ -29,7 +23,7 @@ from moe_numpy.config import (
     SwitchLoss,
     TrainingConfig,
 )
-from moe_numpy.lab import metrics, records
+from moe_numpy.lab import metrics, pool, records
 from moe_numpy.training import data, loop, ngram
 
 WINDOW = 0.1  # the end of training: the last tenth of the steps
@@ -119,35 +113,12 @@ def run_study(
     jobs = [
         (study, name, seed, backend_name) for seed in study.seeds for name in study.conditions()
     ]
-    runs: dict[tuple[str, int], dict] = {}
-    workers = min(processes or os.cpu_count() or 1, len(jobs))
-    context = multiprocessing.get_context("spawn")
-    steps_done, stop = context.Value("l", 0), context.Event()
-    with (
-        _one_thread_each(),
-        concurrent.futures.ProcessPoolExecutor(
-            workers, context, _share, (steps_done, stop)
-        ) as pool,
-    ):
-        waiting = {pool.submit(run_one, *job): job for job in jobs}
-        total = len(jobs) * study.steps
-        with progress.bar(total, "collapse", "step", show=show_progress) as bar:
-            try:
-                while waiting:
-                    done, _ = concurrent.futures.wait(waiting, timeout=0.2)
-                    for future in done:
-                        _, name, seed, _ = waiting.pop(future)
-                        runs[name, seed] = future.result()
-                    bar.update(steps_done.value - bar.n)
-            except BaseException:  # Ctrl-C, or a run that failed: the others end at their next step
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+    runs = pool.run_all("collapse", run_one, jobs, study.steps, processes, show_progress)
     conditions = [
         {
             "name": name,
             "config": config.to_dict(moe),
-            "runs": [runs[name, seed] for seed in study.seeds],
+            "runs": [runs[study, name, seed, backend_name] for seed in study.seeds],
         }
         for name, moe in study.conditions().items()
     ]
@@ -158,7 +129,7 @@ def run_study(
         "settings": dataclasses.asdict(study) | {"seeds": list(study.seeds)},
         **records.provenance(corpus),
         "references": ngram.reference_losses(corpus.train, corpus.validation, corpus.vocab_size),
-        "processes": workers,
+        "processes": pool.workers_for(processes, len(jobs)),
         "seconds": round(time.perf_counter() - started, 1),
         "conditions": conditions,
     }
@@ -170,7 +141,7 @@ def run_one(study: Study, condition: str, seed: int, backend_name: str = "numpy"
     cfg = study.model(study.conditions()[condition], corpus.vocab_size)
     with backend.use_backend(backend_name):
         run = loop.new_run(corpus, cfg, study.training(seed))
-        loop.train(run, evaluate_every=study.steps, show_progress=False, on_step=_count_step)
+        loop.train(run, evaluate_every=study.steps, show_progress=False, on_step=pool.count_step)
         return measure(run)
 
 
@@ -221,40 +192,3 @@ def table(record: dict[str, Any]) -> str:
             f"{mean('validation_loss'):>12.3f}{sum(collapsed):>5} of {len(collapsed)}"
         )
     return "\n".join(lines)
-
-
-# Children count their steps in one shared number, which moves the parent's progress bar, and end
-# when the parent sets the event.
-
-_steps_done: Any = None
-_stop: Any = None
-
-
-def _share(steps_done: Any, stop: Any) -> None:
-    global _steps_done, _stop
-    _steps_done, _stop = steps_done, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers it
-
-
-def _count_step(_run: loop.Run) -> None:
-    if _steps_done is not None:
-        with _steps_done.get_lock():
-            _steps_done.value += 1
-        if _stop.is_set():
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Let child processes that start inside the block run their matrix products on one thread."""
-    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -192,11 +192,25 @@ def _settings_figure(record: dict[str, Any]) -> Figure:
     return collapse_pictures.settings_figure(record)
 
 
+def _systems_figure(record: dict[str, Any]) -> Figure:
+    from moe_numpy.lab import systems_pictures
+
+    return systems_pictures.systems_figure(record)
+
+
+def _speed_figure(record: dict[str, Any]) -> Figure:
+    from moe_numpy.lab import bench_report  # here, since its pictures are made of these
+
+    return bench_report.speed_figure(record)
+
+
 DRAWN_BY = {
     "collapse": collapse_figure,
     "collapse_settings": _settings_figure,
+    "systems": _systems_figure,
     "training": training_figure,
     "parity": parity_figure,
+    "speed": _speed_figure,
 }
 
 

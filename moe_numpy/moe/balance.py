@@ -10,37 +10,48 @@ from __future__ import annotations
 
 from moe_numpy.backend import Array, Cache, xp
 from moe_numpy.config import ImportanceLoss, LoadLoss, MoEConfig, SwitchLoss, ZLoss
-from moe_numpy.ops import normal
+from moe_numpy.moe import router
+from moe_numpy.ops import normal, softmax
 
 
-def switch_loss_forward(prob_NE: Array, expert_NK: Array) -> tuple[Array, Cache]:
+def switch_loss_forward(
+    prob_NE: Array, expert_NK: Array, divide: bool = True, group: int | None = None
+) -> tuple[Array, Cache]:
     """Multiply what the router wished (P) with what the experts got (f).
 
         loss = E sum_e f_e P_e,    f_e = choices of e / (N K),    P_e = mean_n prob[n, e]
 
+    ``divide=False`` leaves the K out. With `group`, every group of so many consecutive tokens has
+    its own f and P, and the loss is the mean over tokens of their groups' losses.
+
     Shapes     prob_NE (N, E); expert_NK (N, K) integers, the router's choice before any limit
-               -> loss (): 1 at balance, E if one expert gets everything
-    Cache      (share_E, N)
+               -> loss (): 1 at balance (K undivided), E if one expert gets everything
+    Cache      (share_GE, G groups in rows; group; N)
     Source     Fedus et al. 2022, eq. 4 to 6; differs: for K choices f is divided by K, so that the
-               balanced value is 1 for every K
+               balanced value is 1 for every K; groups: Lepikhin et al. 2020, algorithm 1
     """
     N, E = prob_NE.shape
-    counts_E = xp.bincount(expert_NK.reshape(-1), minlength=E).astype(prob_NE.dtype)
-    share_E = counts_E / max(expert_NK.size, 1)
-    loss = E * (share_E * prob_NE.sum(0)).sum() / max(N, 1)
-    return loss, (share_E, N)
+    K = expert_NK.shape[1] if divide else 1
+    size = group or max(N, 1)
+    shares, loss = [], xp.zeros((), prob_NE.dtype)
+    for start in range(0, max(N, 1), size):
+        here = slice(start, min(start + size, N))
+        counts_E = xp.bincount(expert_NK[here].reshape(-1), minlength=E).astype(prob_NE.dtype)
+        shares.append(counts_E / max(K * (here.stop - start), 1))
+        loss = loss + E * (shares[-1] * prob_NE[here].sum(0)).sum() / max(N, 1)
+    return loss, (xp.stack(shares), size, N)
 
 
 def switch_loss_backward(dloss: Array, cache: Cache) -> Array:
     """Undo `switch_loss_forward`; f counts discrete choices and is a constant.
 
-    dloss / dprob[n, e] = E f_e / N, the same for every token.
+    dloss / dprob[n, e] = E f_e / N, with the f of the token's group.
 
     Shapes     dloss () -> dprob_NE (N, E)
     """
-    share_E, N = cache
-    E = share_E.size
-    return xp.repeat((dloss * E / max(N, 1)) * share_E[None], N, axis=0)
+    share_GE, size, N = cache
+    E = share_GE.shape[1]
+    return ((dloss * E / max(N, 1)) * share_GE)[xp.arange(N) // size]
 
 
 def importance_forward(gate_NK: Array, expert_NK: Array, E: int) -> tuple[Array, Cache]:
@@ -180,6 +191,7 @@ def balance_forward(
     gate_NK: Array,
     expert_NK: Array,
     wished_NK: Array,
+    rank_NE: Array,
     cfg: MoEConfig,
 ) -> tuple[Array, Cache]:
     """Add up the balance terms of a layer, each times its weight.
@@ -187,22 +199,28 @@ def balance_forward(
         aux = sum over the terms of weight * term
 
     The Switch loss sees the choices as the router wished them, before any limit; the importance
-    sums the gates of all choices, dropped ones included. Without noise (scale None) the load is a
-    count and has no gradient.
+    sums the gates of all choices, dropped ones included, or the clean probabilities. Without noise
+    (scale None) the load is a count and has no gradient.
 
     Shapes     clean_NE, noisy_NE, scale_NE, prob_NE (N, E); gate_NK (N, K);
-               expert_NK, wished_NK (N, K) integers -> aux ()
+               expert_NK, wished_NK (N, K) integers; rank_NE (N, E) what they were chosen by
+               -> aux ()
     Cache      (cfg, shapes, the caches of the terms)
-    Source     the terms above
+    Source     the terms above; clean probabilities: Riquelme et al. 2021, V-MoE, appendix A
     """
     E = cfg.num_experts
     aux = xp.zeros((), prob_NE.dtype)
     caches = []
     for term in cfg.balance:
         if isinstance(term, SwitchLoss):
-            value, cache = switch_loss_forward(prob_NE, wished_NK)
+            counted_NK = _counted(term.counted, wished_NK, rank_NE)
+            value, cache = switch_loss_forward(prob_NE, counted_NK, term.divide, term.group)
         elif isinstance(term, ZLoss):
             value, cache = z_loss_forward(clean_NE)
+        elif isinstance(term, ImportanceLoss) and term.of == "probabilities":
+            clean_prob_NE, softmax_cache = softmax.softmax_forward(clean_NE)
+            value, cv_cache = cv_squared_forward(clean_prob_NE.sum(0))
+            cache = (softmax_cache, cv_cache)
         elif isinstance(term, ImportanceLoss):
             importance_E, sum_cache = importance_forward(gate_NK, expert_NK, E)
             value, cv_cache = cv_squared_forward(importance_E)
@@ -235,6 +253,11 @@ def balance_backward(daux: Array, cache: Cache) -> tuple[Array, Array, Array | N
             dprob_NE += switch_loss_backward(dvalue, term_cache)
         elif isinstance(term, ZLoss):
             dclean_NE += z_loss_backward(dvalue, term_cache)
+        elif isinstance(term, ImportanceLoss) and term.of == "probabilities":
+            softmax_cache, cv_cache = term_cache
+            dsum_E = cv_squared_backward(dvalue, cv_cache)
+            dclean_prob_NE = xp.broadcast_to(dsum_E, prob_NE.shape)
+            dclean_NE += softmax.softmax_backward(dclean_prob_NE, softmax_cache)
         elif isinstance(term, ImportanceLoss):
             sum_cache, cv_cache = term_cache
             dgate_NK += importance_backward(cv_squared_backward(dvalue, cv_cache), sum_cache)
@@ -248,15 +271,24 @@ def balance_backward(daux: Array, cache: Cache) -> tuple[Array, Array, Array | N
     return dclean_NE, dnoisy_NE, dscale_NE, dprob_NE, dgate_NK
 
 
+def _counted(counted: int | None, wished_NK: Array, rank_NE: Array) -> Array:
+    """Pick the choices that the Switch loss counts."""
+    K = wished_NK.shape[1]
+    if counted is None or counted == K:
+        return wished_NK
+    return wished_NK[:, :counted] if counted < K else router.top_k(rank_NE, counted)
+
+
 def updated_bias(bias_E: Array, load_E: Array, rate: float) -> Array:
     """Nudge the selection bias: up for experts below the mean load, down for those above.
 
         bias_e + rate * sign(mean(load) - load_e)
 
-    The bias is added to the logits for the choice alone; gates are computed without it.
+    The bias is added to the scores (of a softmax: to the logits) for the choice alone; gates are
+    computed without it.
 
     Shapes     bias_E (E,); load_E (E,) choices per expert -> bias_E (E,)
-    Source     DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2; Wang et al. 2024; differs: added to
-               logits, where DeepSeek-V3 adds it to sigmoid scores
+    Source     DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2; Wang et al. 2024; differs: they add it
+               to the probabilities of a softmax, not to its logits
     """
     return bias_E + (rate * xp.sign(load_E.mean() - load_E)).astype(bias_E.dtype)

@@ -28,37 +28,53 @@ class Plan(NamedTuple):
     choice_R: Array
     offsets: tuple[int, ...]
 
+    @property
+    def kept_NK(self) -> Array:
+        """Which choices have a row."""
+        return self.slot_NK < self.offsets[-1]
+
 
 def make_plan(
-    expert_NK: Array, score_NE: Array, prob_NE: Array, capacity: Capacity | None
+    expert_NK: Array,
+    score_NE: Array,
+    prob_NE: Array,
+    capacity: Capacity | None,
+    asked_NK: Array | None = None,
 ) -> tuple[Array, Plan]:
     """Give the choices their places.
 
     Without a limit every choice gets a row. With one, the choices queue up in the order of
     `capacity.priority`, and each takes a place with its expert while there is one. A choice that
     finds its expert full is dropped, or (overflow "next_best") moves on to the token's best expert
-    that has room and that the token does not use already.
+    that has room and that the token does not use already. Each group of `capacity.group` tokens
+    has places and a queue of its own. Choices that do not ask (`asked_NK`) take no place.
 
     With priority "token" no place depends on a later token: within a sequence the routing is
     causal. (In a batch, all tokens of one sequence come before those of the next.) "choice" and
     "score" are not causal.
 
     Shapes     expert_NK (N, K) integers, best first; score_NE (N, E) what they were chosen by;
-               prob_NE (N, E) for the priority "score"
+               prob_NE (N, E) for the priority "score"; asked_NK (N, K) booleans, None for all
                -> expert_NK (N, K) the experts in use, and the plan; a dropped choice keeps its
                expert, so that its gate is still defined
-    Source     Lepikhin et al. 2020, GShard, algorithm 1 (choice order, drop); Riquelme et al. 2021,
-               V-MoE, section 4 (score); Fedus et al. 2022, appendix B (next best expert)
+    Source     Lepikhin et al. 2020, GShard, algorithm 1 (choice order, drop, groups); Riquelme et
+               al. 2021, V-MoE, section 4 (score); Fedus et al. 2022, appendix B (next best expert)
     """
     N, K = expert_NK.shape
     E = prob_NE.shape[1]
+    if asked_NK is None:
+        asked_NK = xp.ones((N, K), bool)
     if capacity is None:
-        return expert_NK, _plan(expert_NK, xp.ones((N, K), bool), E)
-    places = capacity.places(N, K, E)
+        return expert_NK, _plan(expert_NK, asked_NK, E)
+    size = capacity.group or max(N, 1)
+    places = [  # of every expert, group by group
+        capacity.places(min(size, N - start), K, E) for start in range(0, max(N, 1), size)
+    ]
     queue = _queue(expert_NK, prob_NE, capacity.priority)
     if capacity.overflow == "next_best":
-        return _serve_next_best(expert_NK, score_NE, queue, places)
-    return expert_NK, _plan(expert_NK, _serve_or_drop(expert_NK, queue, places), E)
+        return _serve_next_best(expert_NK, score_NE, queue, asked_NK, places, size)
+    accepted_NK = _serve_or_drop(expert_NK, queue, asked_NK, places, size, E)
+    return expert_NK, _plan(expert_NK, accepted_NK, E)
 
 
 def _queue(expert_NK: Array, prob_NE: Array, priority: str) -> Array:
@@ -73,46 +89,71 @@ def _queue(expert_NK: Array, prob_NE: Array, priority: str) -> Array:
     return xp.argsort(-prob, kind="stable")
 
 
-def _serve_or_drop(expert_NK: Array, queue: Array, places: int) -> Array:
-    """Accept the first `places` choices of every expert."""
-    queued_expert = expert_NK.reshape(-1)[queue]
-    order = xp.argsort(queued_expert, kind="stable")  # by expert, then by place in the queue
-    sorted_expert = queued_expert[order]
-    rank = xp.arange(order.size) - xp.searchsorted(sorted_expert, sorted_expert)
+def _serve_or_drop(
+    expert_NK: Array, queue: Array, asked_NK: Array, places: list[int], size: int, E: int
+) -> Array:
+    """Accept, in every group, the first choices of every expert that fit into its places.
+
+    A counter is an expert in a group, numbered expert * groups + group; those who do not ask
+    stand at a counter of their own, behind all others.
+    """
+    N, K = expert_NK.shape
+    groups = len(places)
+    group_N1 = (xp.arange(N) // size)[:, None]
+    counter = xp.where(asked_NK, expert_NK * groups + group_N1, E * groups).reshape(-1)
+    queued = counter[queue]
+    order = xp.argsort(queued, kind="stable")  # by counter, then by place in the queue
+    queued = queued[order]
+    rank = xp.arange(order.size) - xp.searchsorted(queued, queued)
+    # Only the last group may be smaller than the others.
+    limit = xp.where(queued % groups == groups - 1, places[-1], places[0])
     accepted = xp.zeros(order.size, bool)
-    accepted[queue[order]] = rank < places
-    return accepted.reshape(expert_NK.shape)
+    accepted[queue[order]] = rank < limit
+    return accepted.reshape(N, K) & asked_NK
 
 
 def _serve_next_best(
-    expert_NK: Array, score_NE: Array, queue: Array, places: int
+    expert_NK: Array,
+    score_NE: Array,
+    queue: Array,
+    asked_NK: Array,
+    places: list[int],
+    size: int,
 ) -> tuple[Array, Plan]:
     """Serve the queue one choice after the other: where one goes depends on all before it.
 
     The walk is plain Python over host integers, which cross in one piece. It starts with the expert
-    that was chosen, then follows the token's ranking of all experts.
+    that was chosen, then follows the token's ranking of the experts, down to minus infinity.
     """
     (N, K), E = expert_NK.shape, score_NE.shape[1]
     ranking_NE = xp.argsort(-score_NE, axis=1, kind="stable")
-    table = to_host(xp.concatenate((expert_NK, queue.reshape(N, K), ranking_NE), axis=1))
+    allowed_NE = xp.take_along_axis(score_NE, ranking_NE, 1) > -xp.inf
+    ranking_NE = xp.where(allowed_NE, ranking_NE, E)  # expert E never has room
+    columns = (expert_NK, queue.reshape(N, K), asked_NK, ranking_NE)
+    table = to_host(xp.concatenate(columns, axis=1))
     expert = table[:, :K].reshape(-1).tolist()
-    ranking = table[:, 2 * K :].tolist()
-    room = [places] * E
+    asked = table[:, 2 * K : 3 * K].reshape(-1).tolist()
+    ranking = table[:, 3 * K :].tolist()
+    rooms = [[places_here] * E + [0] for places_here in places]
+    counts = [0] * E
     accepted = [False] * (N * K)
     for choice in table[:, K : 2 * K].reshape(-1).tolist():
-        e = expert[choice]
+        if not asked[choice]:
+            continue
+        e, token = expert[choice], choice // K
+        room = rooms[token // size]
         if not room[e]:
-            token, first = choice // K, choice - choice % K
+            first = choice - choice % K
             used = expert[first : first + K]
             e = next((e for e in ranking[token] if room[e] and e not in used), None)
             if e is None:
                 continue
             expert[choice] = e
         room[e] -= 1
+        counts[e] += 1
         accepted[choice] = True
     expert_NK = to_device(expert, expert_NK.dtype).reshape(N, K)
     accepted_NK = to_device(accepted, bool).reshape(N, K)
-    counts = [places - left for left in room]
     return expert_NK, _plan(expert_NK, accepted_NK, E, counts)
 
 

@@ -29,6 +29,34 @@ def dispatch_backward(dx_RC: Array, cache: Cache) -> Array:
     return _fetch(dx_RC, plan).sum(1)
 
 
+def gated_dispatch_forward(x_NC: Array, gate_NK: Array, plan: Plan) -> tuple[Array, Cache]:
+    """Copy every token to the rows of its experts, scaled by the gates.
+
+        x[r] = gate[choice[r]] * x[token[r]]
+
+    An expert is not linear: a gate on its input does something else than one on its output.
+
+    Shapes     x_NC (N, C); gate_NK (N, K) -> x_RC (R, C), rows sorted by expert
+    Cache      (x_NC, gate_NK, plan)
+    Source     Meta AI 2025, Llama 4 (the scaled input of its experts)
+    """
+    gate_R = gate_NK.reshape(-1)[plan.choice_R]
+    return gate_R[:, None] * x_NC[plan.token_R], (x_NC, gate_NK, plan)
+
+
+def gated_dispatch_backward(dx_RC: Array, cache: Cache) -> tuple[Array, Array]:
+    """Undo `gated_dispatch_forward`: a combine, and a product with what was scaled.
+
+        dx[n] = sum_k gate[n, k] dx[slot[n, k]],    dgate[n, k] = <dx[slot[n, k]], x[n]>
+
+    Shapes     dx_RC (R, C) -> dx_NC (N, C), dgate_NK (N, K)
+    """
+    x_NC, gate_NK, plan = cache
+    dx_NKC = _fetch(dx_RC, plan)
+    dx_NC = xp.einsum("nk,nkc->nc", gate_NK, dx_NKC)
+    return dx_NC, xp.einsum("nkc,nc->nk", dx_NKC, x_NC)
+
+
 def combine_forward(y_RC: Array, gate_NK: Array, plan: Plan) -> tuple[Array, Cache]:
     """Bring the experts' outputs back to their tokens, weighted by the gates.
 

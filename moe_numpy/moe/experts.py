@@ -15,31 +15,67 @@ from moe_numpy.ops import activation
 
 
 class ExpertParams(NamedTuple):
-    """The matrices of all experts; `up_ECF` is there only for gated activations."""
+    """The matrices of all experts, and their biases where the configuration wants some.
+
+    `up_ECF` is there for gated activations, `third_ECF` for "swiglu3" alone. The third branch has
+    no bias: no system has both.
+    """
 
     in_ECF: Array
     up_ECF: Array | None
     out_EFC: Array
+    third_ECF: Array | None = None
+    in_EF: Array | None = None
+    up_EF: Array | None = None
+    out_EC: Array | None = None
 
 
 def init_experts(
     rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int = 1
 ) -> ExpertParams:
-    """Draw each expert as `init_mlp` draws the dense feed-forward.
+    """Draw each expert as `init_mlp` draws the dense feed-forward; biases start at zero.
 
     What reads the stream gets deviation 1 / sqrt(width), so that hidden units start at unit size;
     what writes into it 0.02 / sqrt(depth), where `depth` counts the residual branches (2 * layers).
+
+    With ``cfg.init_scale`` all are truncated normal instead: of a normal with the deviation
+    sqrt(init_scale / fan_in), what lies beyond two deviations is drawn again (Fedus et al. 2022,
+    section 2.4). With ``cfg.same_start`` all experts are copies of one (V-MoE).
     """
     E, C, F = cfg.num_experts, width, cfg.hidden
+    drawn = 1 if cfg.same_start else E
 
-    def draw(std: float, *shape: int) -> Array:
-        return to_device(rng.normal(0.0, std, shape), dtype)
+    def draw(std: float, I: int, O: int) -> Array:
+        if cfg.init_scale is None:
+            w = to_device(rng.normal(0.0, std, (drawn, I, O)), dtype)
+        else:
+            std = math.sqrt(cfg.init_scale / I)
+            w = to_device(truncated_normal(rng, std, (drawn, I, O)), dtype)
+        return xp.repeat(w, E, 0) if cfg.same_start else w
+
+    def zeros(O: int) -> Array | None:
+        return xp.zeros((E, O), dtype) if cfg.expert_bias else None
 
     return ExpertParams(
-        in_ECF=draw(1.0 / math.sqrt(C), E, C, F),
-        up_ECF=draw(1.0 / math.sqrt(C), E, C, F) if cfg.gated else None,
-        out_EFC=draw(0.02 / math.sqrt(depth), E, F, C),
+        in_ECF=draw(1.0 / math.sqrt(C), C, F),
+        up_ECF=draw(1.0 / math.sqrt(C), C, F) if cfg.gated else None,
+        out_EFC=draw(0.02 / math.sqrt(depth), F, C),
+        third_ECF=draw(1.0 / math.sqrt(C), C, F) if cfg.activation == "swiglu3" else None,
+        in_EF=zeros(F),
+        up_EF=zeros(F) if cfg.gated else None,
+        out_EC=zeros(C),
     )
+
+
+def truncated_normal(rng: Generator, std: float, shape: tuple[int, ...]) -> Array:
+    """Draw from a normal, on the host, and what lies beyond two deviations again until none does.
+
+    `std` is the deviation before the cut; that of the numbers returned is 0.88 of it.
+    """
+    x = rng.normal(0.0, std, shape)
+    while (beyond := abs(x) > 2.0 * std).any():
+        x[beyond] = rng.normal(0.0, std, x[beyond].shape)
+    return x
 
 
 def grouped_linear_forward(
@@ -94,10 +130,8 @@ def padded_linear_forward(
     """
     E, I, O = w_EIO.shape
     P = max(end - start for start, end in itertools.pairwise(offsets))
-    row_R = xp.arange(x_RI.shape[0])
-    start_E, end_E = to_device(offsets[:-1]), to_device(offsets[1:])
-    expert_R = xp.searchsorted(end_E, row_R, side="right")
-    place_R = expert_R * P + row_R - start_E[expert_R]
+    expert_R, start_E = _experts_of_rows(offsets), to_device(offsets[:-1])
+    place_R = expert_R * P + xp.arange(x_RI.shape[0]) - start_E[expert_R]
     x_EPI = _pad(x_RI, place_R, (E, P, I))  # 1. pad
     y_EPO = x_EPI @ w_EIO  # 2. one product
     return y_EPO.reshape(E * P, O)[place_R], (x_EPI, w_EIO, place_R)  # 3. unpad
@@ -117,6 +151,70 @@ def padded_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
     return dx_EPI.reshape(E * P, I)[place_R], dw_EIO  # 1.
 
 
+def grouped_bias_forward(x_RO: Array, b_EO: Array, offsets: tuple[int, ...]) -> tuple[Array, Cache]:
+    """Add to the rows of each expert that expert's bias.
+
+        y[r] = x[r] + b[e]    for offsets[e] <= r < offsets[e + 1]
+
+    Shapes     x_RO (R, O), rows sorted by expert; b_EO (E, O); offsets E + 1 integers
+               -> y_RO (R, O)
+    Cache      (offsets,)
+    Source     OpenAI 2025, gpt-oss: experts with biases
+    """
+    return x_RO + b_EO[_experts_of_rows(offsets)], (offsets,)
+
+
+def grouped_bias_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
+    """Undo `grouped_bias_forward`: dx = dy, db[e] = sum of dy over the rows of e.
+
+    An expert without rows gets the gradient zero. It may not be among the runs that `reduceat` adds
+    up: of an empty run that returns the row where the run would begin, not zero.
+
+    Shapes     dy_RO (R, O) -> dx_RO (R, O), db_EO (E, O)
+    """
+    (offsets,) = cache
+    db_EO = xp.zeros((len(offsets) - 1, dy_RO.shape[1]), dy_RO.dtype)
+    filled = _slices(offsets)
+    if filled:
+        starts = to_device([rows.start for _, rows in filled])
+        db_EO[to_device([e for e, _ in filled])] = xp.add.reduceat(dy_RO, starts, axis=0)
+    return dy_RO.copy(), db_EO
+
+
+def expert_linear_forward(
+    x_RI: Array, w_EIO: Array, b_EO: Array | None, offsets: tuple[int, ...]
+) -> tuple[Array, Cache]:
+    """Map the rows of each expert by that expert's matrix and, if there are any, its bias.
+
+        y[r] = x[r] @ w[e] + b[e]    for offsets[e] <= r < offsets[e + 1]
+
+    Shapes     x_RI (R, I), rows sorted by expert; w_EIO (E, I, O); b_EO (E, O) or None;
+               offsets E + 1 integers -> y_RO (R, O)
+    Cache      those of the product and of the bias
+    Source     `linear_forward`, one for each expert
+    """
+    product_forward, _ = _products()
+    y_RO, product_cache = product_forward(x_RI, w_EIO, offsets)  # 1. product
+    if b_EO is None:
+        return y_RO, (product_cache, None)
+    y_RO, bias_cache = grouped_bias_forward(y_RO, b_EO, offsets)  # 2. bias
+    return y_RO, (product_cache, bias_cache)
+
+
+def expert_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array, Array | None]:
+    """Undo `expert_linear_forward` part by part.
+
+    Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O), db_EO (E, O) or None
+    """
+    product_cache, bias_cache = cache
+    _, product_backward = _products()
+    db_EO = None
+    if bias_cache is not None:
+        dy_RO, db_EO = grouped_bias_backward(dy_RO, bias_cache)  # 2.
+    dx_RI, dw_EIO = product_backward(dy_RO, product_cache)  # 1.
+    return dx_RI, dw_EIO, db_EO
+
+
 def experts_forward(
     x_RC: Array, params: ExpertParams, cfg: MoEConfig, offsets: tuple[int, ...]
 ) -> tuple[Array, Cache]:
@@ -124,36 +222,45 @@ def experts_forward(
 
         y = act(x in) out    or, gated,    y = act(x in, x up) out
 
+    "swiglu3" takes a third branch, x third; each product but that adds its bias, if there is one.
+
     Shapes     x_RC (R, C), rows sorted by expert; offsets E + 1 integers -> y_RC (R, C)
-    Cache      the caches of its parts: x once, about 4*R*F numbers (6*R*F gated)
+    Cache      the caches of its parts: x once, about 4*R*F numbers (6*R*F gated, 7*R*F swiglu3)
     Source     Shazeer et al. 2017, section 3.1; gated: Jiang et al. 2024, Mixtral, section 2.1
     """
-    product_forward, _ = _products()
-    a_RF, in_cache = product_forward(x_RC, params.in_ECF, offsets)  # 1. widen
-    up_RF, up_cache = None, None
+    a_RF, in_cache = expert_linear_forward(x_RC, params.in_ECF, params.in_EF, offsets)  # 1. widen
+    up_RF = up_cache = third_RF = third_cache = None
     if params.up_ECF is not None:
-        up_RF, up_cache = product_forward(x_RC, params.up_ECF, offsets)
-    h_RF, act_cache = activation.activate_forward(cfg.activation, a_RF, up_RF)  # 2. activate
-    y_RC, out_cache = product_forward(h_RF, params.out_EFC, offsets)  # 3. back to width C
-    return y_RC, (in_cache, up_cache, act_cache, out_cache)
+        up_RF, up_cache = expert_linear_forward(x_RC, params.up_ECF, params.up_EF, offsets)
+    if params.third_ECF is not None:
+        third_RF, third_cache = expert_linear_forward(x_RC, params.third_ECF, None, offsets)
+    h_RF, act_cache = activation.activate_forward(
+        cfg.activation, a_RF, up_RF, third_RF
+    )  # 2. activate
+    y_RC, out_cache = expert_linear_forward(
+        h_RF, params.out_EFC, params.out_EC, offsets
+    )  # 3. back to width C
+    return y_RC, (in_cache, up_cache, third_cache, act_cache, out_cache)
 
 
 def experts_backward(dy_RC: Array, cache: Cache) -> tuple[Array, ExpertParams]:
-    """Undo `experts_forward` part by part; x was read once or, gated, twice.
+    """Undo `experts_forward` part by part; every branch has read x, so their gradients add up.
 
     Shapes     dy_RC (R, C) -> dx_RC (R, C), grads
     """
-    in_cache, up_cache, act_cache, out_cache = cache
-    _, product_backward = _products()
-    dh_RF, dout_EFC = product_backward(dy_RC, out_cache)  # 3.
-    if up_cache is None:
-        da_RF = activation.activate_backward(dh_RF, act_cache)  # 2.
-        dx_RC, din_ECF = product_backward(da_RF, in_cache)  # 1.
-        return dx_RC, ExpertParams(din_ECF, None, dout_EFC)
-    da_RF, dup_RF = activation.activate_backward(dh_RF, act_cache)  # 2.
-    dx_RC, din_ECF = product_backward(da_RF, in_cache)  # 1.
-    dx_up_RC, dup_ECF = product_backward(dup_RF, up_cache)
-    return dx_RC + dx_up_RC, ExpertParams(din_ECF, dup_ECF, dout_EFC)
+    in_cache, up_cache, third_cache, act_cache, out_cache = cache
+    dh_RF, dout_EFC, dout_EC = expert_linear_backward(dy_RC, out_cache)  # 3.
+    da_RF, dup_RF, dthird_RF = activation.activate_backward(dh_RF, act_cache)  # 2.
+    dx_RC, din_ECF, din_EF = expert_linear_backward(da_RF, in_cache)  # 1.
+    dup_ECF = dup_EF = dthird_ECF = None
+    if up_cache is not None:
+        dx_up_RC, dup_ECF, dup_EF = expert_linear_backward(dup_RF, up_cache)
+        dx_RC = dx_RC + dx_up_RC
+    if third_cache is not None:
+        dx_third_RC, dthird_ECF, _ = expert_linear_backward(dthird_RF, third_cache)
+        dx_RC = dx_RC + dx_third_RC
+    grads = ExpertParams(din_ECF, dup_ECF, dout_EFC, dthird_ECF, din_EF, dup_EF, dout_EC)
+    return dx_RC, grads
 
 
 def _products() -> tuple[Callable, Callable]:
@@ -161,6 +268,11 @@ def _products() -> tuple[Callable, Callable]:
     if few_launches():
         return padded_linear_forward, padded_linear_backward
     return grouped_linear_forward, grouped_linear_backward
+
+
+def _experts_of_rows(offsets: tuple[int, ...]) -> Array:
+    """Tell for every row which expert it belongs to (R,)."""
+    return xp.searchsorted(to_device(offsets[1:]), xp.arange(offsets[-1]), side="right")
 
 
 def _pad(x_RI: Array, place_R: Array, shape: tuple[int, int, int]) -> Array:

@@ -10,24 +10,30 @@ from typing import NamedTuple
 
 from numpy.random import Generator
 
-from moe_numpy.backend import Array, Cache
-from moe_numpy.config import MoEConfig
-from moe_numpy.moe import balance, capacity, dispatch, experts, report, router
-from moe_numpy.ops import softmax
+from moe_numpy.backend import Array, Cache, xp
+from moe_numpy.config import Hierarchy, MoEConfig, SoftSlots
+from moe_numpy.moe import dispatch, experts, hierarchy, report, router, routing, shared, soft
 
 
 class MoEParams(NamedTuple):
-    """The parameters of one MoE layer."""
+    """The parameters of one MoE layer; a shared expert only where the configuration has one."""
 
-    router: router.RouterParams
+    router: router.RouterParams | hierarchy.HierarchyParams | soft.SoftParams
     experts: experts.ExpertParams
+    shared: shared.SharedParams | None = None
 
 
 def init_moe(rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int = 1) -> MoEParams:
     """Draw a router and its experts; `depth` is explained in `init_experts`."""
+    init_routing = router.init_router
+    if isinstance(cfg.selection, Hierarchy):
+        init_routing = hierarchy.init_hierarchy
+    elif isinstance(cfg.selection, SoftSlots):
+        init_routing = soft.init_soft
     return MoEParams(
-        router=router.init_router(rng, cfg, width, dtype),
+        router=init_routing(rng, cfg, width, dtype),
         experts=experts.init_experts(rng, cfg, width, dtype, depth),
+        shared=shared.init_shared(rng, cfg, width, dtype, depth) if cfg.shared else None,
     )
 
 
@@ -36,74 +42,90 @@ def moe_forward(
 ) -> tuple[Array, Array, report.MoEReport, Cache]:
     """Send every token through its k experts.
 
-        y[n] = sum_k gate[n, k] * MLP_{expert[n, k]}(x[n])
+        y[n] = sum_k gate[n, k] * MLP_{expert[n, k]}(x[n])  +  shared(x[n])
+
+    or, where the gate is on the input, sum_k MLP_{expert[n, k]}(gate[n, k] * x[n]). Which experts,
+    gates and places is decided by `routing.route_forward`, or by the two levels of `hierarchy`;
+    soft slots replace steps 1, 2 and 4 by weighted means (`soft`).
 
     ``noise=None`` is evaluation. A token whose choices were all dropped gets zero: in the
     transformer its residual goes on alone. No tokens at all are fine.
 
-    Shapes     x_NC (N, C); noise as `draw_noise` draws it
+    Shapes     x_NC (N, C); noise as `router.draw_noise` draws it
                -> y_NC (N, C); aux (), the weighted balance terms; report
     Cache      the caches of the parts; the experts' hidden rows are the largest
     Source     Shazeer et al. 2017, section 2; Fedus et al. 2022, section 2
     """
-    clean_NE, noisy_NE, scale_NE, router_cache = router.router_forward(
-        x_NC, params.router, cfg, noise
-    )  # 1. score
-    bias_E = params.router.bias_E
-    score_NE = noisy_NE if bias_E is None else noisy_NE + bias_E
-    wished_NK = router.top_k(score_NE, cfg.top_k)  # 2. choose
-    prob_NE, prob_cache = softmax.softmax_forward(noisy_NE)  # 3. probabilities
-    expert_NK, plan = capacity.make_plan(wished_NK, score_NE, prob_NE, cfg.capacity)  # 4. places
-    if cfg.renormalized:  # 5. gates
-        gate_NK, gate_cache = router.renormalized_gate_forward(noisy_NE, expert_NK)
+    if isinstance(cfg.selection, SoftSlots):
+        y_NC, aux, facts, cache = _mix_all(x_NC, params, cfg)
     else:
-        gate_NK, gate_cache = router.raw_gate_forward(prob_NE, expert_NK)
-    x_RC, dispatch_cache = dispatch.dispatch_forward(x_NC, plan)  # 6. to the experts
-    y_RC, experts_cache = experts.experts_forward(x_RC, params.experts, cfg, plan.offsets)  # 7.
-    y_NC, combine_cache = dispatch.combine_forward(y_RC, gate_NK, plan)  # 8. and back
-    aux, balance_cache = balance.balance_forward(
-        clean_NE, noisy_NE, scale_NE, prob_NE, gate_NK, expert_NK, wished_NK, cfg
-    )  # 9. balance
-    entropy_N = report.entropy_of(noisy_NE, prob_NE)
-    facts = report.make_report(prob_NE, entropy_N, wished_NK, plan)
-    return (
-        y_NC,
-        aux,
-        facts,
-        (
-            cfg.renormalized,
-            (router_cache, prob_cache, gate_cache),
-            (dispatch_cache, experts_cache, combine_cache),
-            balance_cache,
-        ),
-    )
+        route_forward, _ = _route(cfg)
+        gate_NK, aux, plan, facts, route_cache = route_forward(
+            x_NC, params.router, cfg, noise
+        )  # 1. logits, choice, places, gates
+        if cfg.gate_on == "input":  # 2. to the experts
+            x_RC, dispatch_cache = dispatch.gated_dispatch_forward(x_NC, gate_NK, plan)
+            gate_NK = xp.ones_like(gate_NK)
+        else:
+            x_RC, dispatch_cache = dispatch.dispatch_forward(x_NC, plan)
+        y_RC, experts_cache = experts.experts_forward(x_RC, params.experts, cfg, plan.offsets)  # 3.
+        y_NC, combine_cache = dispatch.combine_forward(y_RC, gate_NK, plan)  # 4. and back
+        cache = (route_cache, dispatch_cache, experts_cache, combine_cache)
+    shared_cache = None
+    if params.shared is not None:  # 5. what every token takes
+        shared_NC, shared_cache = shared.shared_forward(x_NC, params.shared, cfg)
+        y_NC = y_NC + shared_NC
+    return y_NC, aux, facts, (cfg, cache, shared_cache)
 
 
 def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEParams]:
     """Undo `moe_forward`.
 
-    The token's vector was read twice, by the experts and by the router, so two gradients meet in
-    dx. The gates hear of the loss through the experts' outputs, and the logits through the gates
-    and the balance terms; which experts were chosen and who got a place are constants.
+    The token's vector was read by the experts, by the router and by the shared expert, so their
+    gradients meet in dx. The gates hear of the loss through the experts' outputs (or inputs);
+    which experts were chosen and who got a place are constants.
 
     Shapes     dy_NC (N, C), daux () -> dx_NC (N, C), grads
     """
-    renormalized, router_caches, expert_caches, balance_cache = cache
-    router_cache, prob_cache, gate_cache = router_caches
-    dispatch_cache, experts_cache, combine_cache = expert_caches
-    dclean_NE, dnoisy_NE, dscale_NE, dprob_NE, dgate_NK = balance.balance_backward(
-        daux, balance_cache
-    )  # 9.
-    dy_RC, dgate_combine_NK = dispatch.combine_backward(dy_NC, combine_cache)  # 8.
-    dx_RC, dexperts = experts.experts_backward(dy_RC, experts_cache)  # 7.
-    dx_NC = dispatch.dispatch_backward(dx_RC, dispatch_cache)  # 6.
-    dgate_NK = dgate_NK + dgate_combine_NK
-    if renormalized:  # 5.
-        dnoisy_NE = dnoisy_NE + router.renormalized_gate_backward(dgate_NK, gate_cache)
+    cfg, parts, shared_cache = cache
+    if isinstance(cfg.selection, SoftSlots):
+        dx_NC, drouter, dexperts = _unmix_all(dy_NC, parts)
     else:
-        dprob_NE = dprob_NE + router.raw_gate_backward(dgate_NK, gate_cache)
-    dnoisy_NE = dnoisy_NE + softmax.softmax_backward(dprob_NE, prob_cache)  # 3.
-    dx_router_NC, drouter = router.router_backward(
-        dclean_NE, dnoisy_NE, dscale_NE, router_cache
-    )  # 1.
-    return dx_NC + dx_router_NC, MoEParams(drouter, dexperts)
+        route_cache, dispatch_cache, experts_cache, combine_cache = parts
+        _, route_backward = _route(cfg)
+        dy_RC, dgate_NK = dispatch.combine_backward(dy_NC, combine_cache)  # 4.
+        dx_RC, dexperts = experts.experts_backward(dy_RC, experts_cache)  # 3.
+        if cfg.gate_on == "input":  # 2.
+            dx_NC, dgate_NK = dispatch.gated_dispatch_backward(dx_RC, dispatch_cache)
+        else:
+            dx_NC = dispatch.dispatch_backward(dx_RC, dispatch_cache)
+        dx_router_NC, drouter = route_backward(dgate_NK, daux, route_cache)  # 1.
+        dx_NC = dx_NC + dx_router_NC
+    dshared = None
+    if shared_cache is not None:  # 5. (beside the others)
+        dx_shared_NC, dshared = shared.shared_backward(dy_NC, shared_cache)
+        dx_NC = dx_NC + dx_shared_NC
+    return dx_NC, MoEParams(drouter, dexperts, dshared)
+
+
+def _route(cfg: MoEConfig) -> tuple:
+    if isinstance(cfg.selection, Hierarchy):
+        return hierarchy.hierarchical_route_forward, hierarchy.hierarchical_route_backward
+    return routing.route_forward, routing.route_backward
+
+
+def _mix_all(x_NC: Array, params: MoEParams, cfg: MoEConfig) -> tuple:
+    """Run the experts on their soft slots: means of all tokens in, means of all slots out."""
+    x_RC, combine_NR, slots_cache = soft.soft_slots_forward(x_NC, params.router)
+    offsets = tuple(range(0, x_RC.shape[0] + 1, cfg.selection.slots))
+    y_RC, experts_cache = experts.experts_forward(x_RC, params.experts, cfg, offsets)
+    facts = soft.soft_report(combine_NR, cfg.num_experts)
+    cache = (slots_cache, experts_cache, combine_NR, y_RC)
+    return combine_NR @ y_RC, xp.zeros((), x_NC.dtype), facts, cache
+
+
+def _unmix_all(dy_NC: Array, cache: Cache) -> tuple:
+    slots_cache, experts_cache, combine_NR, y_RC = cache
+    dx_RC, dexperts = experts.experts_backward(combine_NR.T @ dy_NC, experts_cache)
+    dx_NC, drouter = soft.soft_slots_backward(dx_RC, dy_NC @ y_RC.T, slots_cache)
+    return dx_NC, drouter, dexperts

@@ -7,7 +7,14 @@ from typing import NamedTuple
 from numpy.random import Generator
 
 from moe_numpy.backend import Array, Cache, to_device, xp
-from moe_numpy.config import GaussianNoise, InputJitter, LearnedNoise, MoEConfig
+from moe_numpy.config import (
+    GaussianNoise,
+    Hierarchy,
+    InputJitter,
+    LearnedNoise,
+    MoEConfig,
+    SecondExpert,
+)
 from moe_numpy.ops import activation, linear, softmax
 
 
@@ -35,16 +42,29 @@ def init_router(rng: Generator, cfg: MoEConfig, width: int, dtype: str) -> Route
 
 
 def draw_noise(rng: Generator, cfg: MoEConfig, tokens: int, width: int, dtype: str) -> Array | None:
-    """Draw on the host what `router_forward` takes as its noise for one batch.
+    """Draw on the host the random numbers of one layer for one batch, side by side in columns.
 
-    Standard normal (N, E) numbers for noise on the logits, uniform (N, C) numbers from -1 to 1 for
-    input jitter, None if the layer has no noise. The configuration scales them.
+    Standard normal (N, E) numbers for noise on the logits, with G more columns for the G groups
+    of a hierarchy; or uniform (N, C) numbers from -1 to 1 for input jitter; then one column of
+    uniform numbers from 0 to 1 if the second expert is drawn. None if there is nothing to draw.
+    The configuration scales them.
     """
-    if cfg.noise is None:
-        return None
+    columns = []
     if isinstance(cfg.noise, InputJitter):
-        return to_device(rng.uniform(-1.0, 1.0, (tokens, width)), dtype)
-    return to_device(rng.standard_normal((tokens, cfg.num_experts)), dtype)
+        columns.append(to_device(rng.uniform(-1.0, 1.0, (tokens, width)), dtype))
+    elif cfg.noise is not None:
+        groups = cfg.selection.groups if isinstance(cfg.selection, Hierarchy) else 0
+        columns.append(to_device(rng.standard_normal((tokens, cfg.num_experts + groups)), dtype))
+    if _draws_second(cfg):
+        columns.append(to_device(rng.random((tokens, 1)), dtype))
+    return xp.concatenate(columns, axis=1) if columns else None
+
+
+def split_noise(noise: Array | None, cfg: MoEConfig) -> tuple[Array | None, Array | None]:
+    """Take what `draw_noise` drew apart: the noise of the router, and the second expert's coin."""
+    if noise is None or not _draws_second(cfg):
+        return noise, None
+    return (None if cfg.noise is None else noise[:, :-1]), noise[:, -1]
 
 
 def router_forward(
@@ -185,3 +205,7 @@ def renormalized_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
     gate_NK, gather_cache = cache
     dchosen_NK = softmax.softmax_backward(dgate_NK, (gate_NK,))  # 2.
     return raw_gate_backward(dchosen_NK, gather_cache)  # 1.
+
+
+def _draws_second(cfg: MoEConfig) -> bool:
+    return isinstance(cfg.selection, SecondExpert) and cfg.selection.policy == "random"

@@ -7,6 +7,28 @@ import math
 from moe_numpy.backend import Array, Cache, xp
 from moe_numpy.ops import normal
 
+CLAMP, SLOPE = 7.0, 1.702  # of gpt-oss: the bound of both branches, the steepness of its sigmoid
+
+
+def identity_forward(x: Array) -> tuple[Array, Cache]:
+    """Hand on what comes: a feed-forward with it is a product of matrices, linear.
+
+        y = x
+
+    Shapes     x (...) -> y (...)
+    Cache      ()
+    Source     the linear experts of Jacobs et al. 1991
+    """
+    return x.copy(), ()
+
+
+def identity_backward(dy: Array, cache: Cache) -> Array:
+    """Undo `identity_forward`: dy/dx = 1.
+
+    Shapes     dy (...) -> dx (...)
+    """
+    return dy.copy()
+
 
 def relu_forward(x: Array) -> tuple[Array, Cache]:
     """Keep what is positive.
@@ -189,27 +211,84 @@ def geglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
     return gelu_tanh_backward(dy * up, act_cache), dy * act
 
 
-def activate_forward(kind: str, a: Array, up: Array | None = None) -> tuple[Array, Cache]:
-    """Apply the activation named `kind`; the gated kinds also take `up`.
+def clamped_swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
+    """Gate a bounded projection, lifted by one, with a steep SiLU of another bounded one.
 
-        y = kind(a)    or    y = kind(a, up)
+        g = min(gate, 7),    u = clip(up, -7, 7),    y = (u + 1) g sigmoid(1.702 g)
 
-    Shapes     a (..., F); up (..., F) for "swiglu" and "geglu", else None -> y (..., F)
+    Shapes     gate (..., F); up (..., F) -> y (..., F)
+    Cache      (g, u, s, free_gate, free_up): s = sigmoid(1.702 g); what no bound holds, as booleans
+    Source     OpenAI 2025, gpt-oss, its released code; differs: gate and up do not lie interleaved
+    """
+    free_gate, free_up = gate <= CLAMP, xp.abs(up) <= CLAMP
+    g, u = xp.minimum(gate, CLAMP), xp.clip(up, -CLAMP, CLAMP)  # 1. bounds
+    s = _sigmoid(SLOPE * g)
+    return (u + 1.0) * g * s, (g, u, s, free_gate, free_up)  # 2. gate
+
+
+def clamped_swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
+    """Undo `clamped_swiglu_forward`: du = dy g s, dg = dy (u + 1) (s + 1.702 g s (1 - s)).
+
+    Beyond its bound a branch is constant, and its gradient zero.
+
+    Shapes     dy (..., F) -> dgate (..., F), dup (..., F)
+    """
+    g, u, s, free_gate, free_up = cache
+    dg = dy * (u + 1.0) * (s * (1.0 + SLOPE * g * (1.0 - s)))  # 2.
+    du = dy * g * s
+    return dg * free_gate, du * free_up  # 1.
+
+
+def swiglu3_forward(gate: Array, up: Array, third: Array) -> tuple[Array, Cache]:
+    """Gate two projections with the SiLU of a third: a SwiGLU that is itself a gate.
+
+        y = silu(gate) * up * third
+
+    Shapes     gate (..., F); up (..., F); third (..., F) -> y (..., F)
+    Cache      (act, up, third, silu cache)
+    Source     Xue et al. 2024, OpenMoE, its released code, where the halves of one projection are
+               `third` and `gate`; the paper has a SwiGLU
+    """
+    act, act_cache = silu_forward(gate)
+    return act * up * third, (act, up, third, act_cache)
+
+
+def swiglu3_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
+    """Undo `swiglu3_forward` by the product rule: each factor gets dy times the other two.
+
+    Shapes     dy (..., F) -> dgate (..., F), dup (..., F), dthird (..., F)
+    """
+    act, up, third, act_cache = cache
+    return silu_backward(dy * up * third, act_cache), dy * act * third, dy * act * up
+
+
+def activate_forward(
+    kind: str, a: Array, up: Array | None = None, third: Array | None = None
+) -> tuple[Array, Cache]:
+    """Apply the activation named `kind` to as many branches as it takes.
+
+        y = kind(a)    or    y = kind(a, up)    or    y = kind(a, up, third)
+
+    Shapes     a (..., F); up (..., F) for the gated kinds, third (..., F) for "swiglu3", else None
+               -> y (..., F)
     Cache      (kind, cache of the activation)
     Source     the functions above; looked up by name, so that a swapped one is used
     """
-    forward = globals()[f"{kind}_forward"]
-    y, cache = forward(a) if up is None else forward(a, up)
+    branches = [branch for branch in (a, up, third) if branch is not None]
+    y, cache = globals()[f"{kind}_forward"](*branches)
     return y, (kind, cache)
 
 
-def activate_backward(dy: Array, cache: Cache) -> Array | tuple[Array, Array]:
-    """Hand the gradient to the activation that was applied.
+def activate_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None, Array | None]:
+    """Hand the gradient to the activation that was applied; a branch it does not take gets None.
 
-    Shapes     dy (..., F) -> da (..., F), and dup (..., F) for the gated kinds
+    Shapes     dy (..., F) -> da (..., F), dup (..., F) or None, dthird (..., F) or None
     """
     kind, act_cache = cache
-    return globals()[f"{kind}_backward"](dy, act_cache)
+    found = globals()[f"{kind}_backward"](dy, act_cache)
+    if not isinstance(found, tuple):
+        return found, None, None
+    return (*found, None) if len(found) == 2 else found
 
 
 def _sigmoid(x: Array) -> Array:

@@ -5,31 +5,33 @@ from __future__ import annotations
 from moe_numpy.backend import Array, Cache, xp
 
 
-def rms_norm_forward(x: Array, gain_C: Array, eps: float = 1e-5) -> tuple[Array, Cache]:
+def rms_norm_forward(x: Array, gain_C: Array | None, eps: float = 1e-5) -> tuple[Array, Cache]:
     """Divide each row by its root mean square, then scale every channel.
 
         r = 1 / sqrt(mean(x^2) + eps),    y = gain * x * r
 
-    Shapes     x (..., C); gain_C (C,) -> y (..., C)
+    Shapes     x (..., C); gain_C (C,), or None for a gain of one -> y (..., C)
     Cache      (unit, r, gain_C): unit = x * r, as large as x
     Source     Zhang and Sennrich 2019, Root Mean Square Layer Normalization, eq. 4
     """
     r = 1.0 / xp.sqrt((x * x).mean(-1, keepdims=True) + eps)  # 1. inverse size
     unit = x * r  # 2. unit size
-    return gain_C * unit, (unit, r, gain_C)  # 3. gain
+    return unit if gain_C is None else gain_C * unit, (unit, r, gain_C)  # 3. gain
 
 
-def rms_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
+def rms_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None]:
     """Undo `rms_norm_forward`.
 
     With q = gain * dy and dr/dx_j = -r^3 x_j / C,
         dx_j = r q_j + sum_i q_i x_i dr/dx_j = r (q_j - unit_j mean(q * unit)).
 
-    Shapes     dy (..., C) -> dx (..., C), dgain_C (C,)
+    Shapes     dy (..., C) -> dx (..., C), dgain_C (C,) or None
     """
     unit, r, gain_C = cache
-    dgain_C = (dy * unit).reshape(-1, unit.shape[-1]).sum(0)  # 3.
-    q = gain_C * dy
+    dgain_C, q = None, dy
+    if gain_C is not None:  # 3.
+        dgain_C = (dy * unit).reshape(-1, unit.shape[-1]).sum(0)
+        q = gain_C * dy
     dx = r * (q - unit * (q * unit).mean(-1, keepdims=True))  # 2. and 1.
     return dx, dgain_C
 

@@ -1,4 +1,4 @@
-"""Softmax and its logarithm over the last axis."""
+"""Softmax over the last axis, its logarithm, its form with a sink, and a cap for its logits."""
 
 from __future__ import annotations
 
@@ -56,3 +56,59 @@ def log_softmax_backward(dy: Array, cache: Cache) -> Array:
     """
     (y,) = cache
     return dy - xp.exp(y) * dy.sum(-1, keepdims=True)
+
+
+def sink_softmax_forward(z_BHTS: Array, sink_H: Array) -> tuple[Array, Cache]:
+    """Turn logits into weights that need not sum to one: the head's sink takes the rest.
+
+        a_s = exp(z_s) / (exp(sink) + sum_j exp(z_j))
+
+    This is the softmax of the logits and one more column, the sink, which is then discarded.
+
+    Shapes     z_BHTS (B, H, T, S); sink_H (H,) -> a_BHTS (B, H, T, S)
+    Units      z and sink in nats
+    Cache      (a_BHTS, rest): rest is what the sink took, (B, H, T, 1)
+    Source     OpenAI 2025, gpt-oss, `sdpa` in model.py; the maximum is subtracted as in `softmax`
+    """
+    sink = sink_H[:, None, None]
+    top = xp.maximum(z_BHTS.max(-1, keepdims=True), sink)
+    a_BHTS, rest = xp.exp(z_BHTS - top), xp.exp(sink - top)  # 1. exponentials
+    total = a_BHTS.sum(-1, keepdims=True) + rest
+    a_BHTS /= total  # 2. normalized
+    rest /= total
+    return a_BHTS, (a_BHTS, rest)
+
+
+def sink_softmax_backward(da_BHTS: Array, cache: Cache) -> tuple[Array, Array]:
+    """Undo `sink_softmax_forward`: the softmax's backward, with a zero upstream of the sink.
+
+    dz_s = a_s (da_s - sum_j a_j da_j),    dsink = -sum over b, t of rest sum_j a_j da_j.
+
+    Shapes     da_BHTS (B, H, T, S) -> dz_BHTS (B, H, T, S), dsink_H (H,)
+    """
+    a_BHTS, rest = cache
+    inner = (a_BHTS * da_BHTS).sum(-1, keepdims=True)
+    return a_BHTS * (da_BHTS - inner), -(rest * inner).sum((0, 2, 3))  # 2. and 1.
+
+
+def soft_cap_forward(z: Array, cap: float) -> tuple[Array, Cache]:
+    """Keep logits between -cap and cap, and small ones as they are.
+
+        y = cap * tanh(z / cap)
+
+    Shapes     z (...) -> y (...)
+    Units      as z
+    Cache      (t,): t = tanh(z / cap)
+    Source     xAI 2024, Grok-1, `MultiHeadAttention` in model.py (cap = 30)
+    """
+    t = xp.tanh(z / cap)
+    return cap * t, (t,)
+
+
+def soft_cap_backward(dy: Array, cache: Cache) -> Array:
+    """Undo `soft_cap_forward`: dy/dz = 1 - tanh(z / cap)^2.
+
+    Shapes     dy (...) -> dz (...)
+    """
+    (t,) = cache
+    return dy * (1.0 - t * t)

@@ -82,9 +82,16 @@ def new_run(
     Raises
     ------
     ValueError
-        if the corpus is too short for one window, or its alphabet is not the model's vocabulary.
+        if the corpus is too short for one window, its alphabet is not the model's vocabulary, or
+        the model is not causal.
     """
     data.require_length(corpus, cfg.context)
+    if not cfg.causal:
+        kind = type(cfg.moe.selection).__name__ if cfg.moe and cfg.moe.selection else "attention"
+        raise ValueError(
+            f"new_run: a model that predicts the next token must be causal, got causal=False: its "
+            f"{kind} looks at the whole sequence and has seen that token. Train it as an encoder."
+        )
     if corpus.vocab_size != cfg.vocab_size:
         raise ValueError(
             f"new_run: vocab_size must be that of the corpus ({corpus.vocab_size}), "

@@ -9,6 +9,8 @@ from moe_numpy import tree
 from moe_numpy.backend import Array, xp
 from moe_numpy.config import SGD, AdamW
 
+# Biases with more than one axis: of heads, and of experts.
+BIASES = {"q_HD", "k_GD", "v_GD", "in_EF", "up_EF", "out_EC"}
 BLOCK = 32_768  # numbers updated at a time: their temporaries stay in the cache
 
 
@@ -49,7 +51,7 @@ def update(
 ) -> None:
     """Take one step, in place.
 
-    Weight decay is decoupled and spares gains and biases (arrays with one axis).
+    Weight decay is decoupled and spares gains and biases.
 
     Parameters
     ----------
@@ -58,9 +60,12 @@ def update(
     scale : factor on every gradient (the clipping).
     """
     seconds = [None] if state.second is None else tree.leaves(state.second)
-    leaves = zip(tree.leaves(params), tree.leaves(grads), tree.leaves(state.first), strict=True)
-    for i, (p, g, first) in enumerate(leaves):
-        decay = 1.0 - rate * cfg.weight_decay if p.ndim > 1 else 1.0
+    leaves = zip(
+        tree.named_leaves(params), tree.leaves(grads), tree.leaves(state.first), strict=True
+    )
+    for i, ((name, p), g, first) in enumerate(leaves):
+        decayed = p.ndim > 1 and name.rpartition(".")[2] not in BIASES
+        decay = 1.0 - rate * cfg.weight_decay if decayed else 1.0
         if isinstance(cfg, AdamW):
             _adamw(p, g, first, seconds[i], cfg, step, rate, scale, decay)
         else:

@@ -68,8 +68,14 @@ def generate(
     Raises
     ------
     ValueError
-        if the prompt is empty or holds a token outside the vocabulary, or a knob is out of range.
+        if the prompt is empty or holds a token outside the vocabulary, a knob is out of range, or
+        the model is not causal.
     """
+    if not cfg.causal:
+        raise ValueError(
+            "generate: the model must be causal, got causal=False. "
+            "An encoder sees later tokens: it cannot predict the next one."
+        )
     _check_sampling(temperature, top_k, top_p)
     history = [int(token) for token in prompt_T]
     if not history:

@@ -8,7 +8,6 @@ from numpy.random import Generator
 
 from moe_numpy.backend import Array, Cache, to_device, xp
 from moe_numpy.config import ModelConfig
-from moe_numpy.moe import layer as moe_layer
 from moe_numpy.moe import router
 from moe_numpy.moe.report import MoEReport
 from moe_numpy.ops import linear, loss
@@ -50,12 +49,11 @@ def draw_noise(
     rng: Generator, cfg: ModelConfig, tokens: int, dtype: str = "float32"
 ) -> tuple[Array | None, ...] | None:
     """Draw the routing noise of one training step, one entry per layer; None if there is none."""
-    if cfg.moe is None or cfg.moe.noise is None:
-        return None
-    return tuple(
+    drawn = tuple(
         router.draw_noise(rng, cfg.moe, tokens, cfg.width, dtype) if cfg.is_moe(layer) else None
         for layer in range(cfg.layers)
     )
+    return None if all(noise is None for noise in drawn) else drawn
 
 
 def model_forward(
@@ -67,20 +65,23 @@ def model_forward(
 ) -> tuple[Array, Array, tuple[MoEReport, ...], Cache]:
     """Predict the next token at every position.
 
-        x = token[t] + position[t],    x = block(x) for every layer,    logits = norm(x) head
+        x = embedding_scale token[t] + position[t],    x = block(x) for every layer
+        logits = logit_scale norm(x) head
 
     ``noise=None`` is evaluation. With `kv`, one entry per layer, the tokens continue those of
     earlier calls (generation).
 
-    Shapes     token_BT (B, T) integers -> logits_BTV (B, T, V); aux () summed over layers; reports
+    Shapes     token_BT (B, T) integers -> logits_BTV (B, T, V); aux (), the balance terms of the
+               layers summed or averaged; reports
     Units      logits in nats
     Cache      the caches of the parts; `model_backward` pops the layers' one by one
     Raises     ValueError if the sequence is longer than the context or a token is unknown
-    Source     Radford et al. 2019, GPT-2
+    Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
     """
     start = 0 if kv is None else kv[0].length
     _check_length(start + token_BT.shape[1], cfg)
     x_BTC, token_cache = linear.embedding_forward(token_BT, params.token_VC)  # 1. embed
+    x_BTC *= cfg.embedding_scale
     if params.position_TC is not None:
         x_BTC = x_BTC + params.position_TC[start : start + token_BT.shape[1]]
     aux, reports, caches = xp.zeros((), x_BTC.dtype), [], []
@@ -92,13 +93,15 @@ def model_forward(
             None if noise is None else noise[layer],
             None if kv is None else kv[layer],
         )
-        aux = aux + layer_aux
+        aux = aux + layer_aux * _layer_share(cfg)
         reports += [] if report is None else [report]
         caches.append(cache)
-    x_BTC, norm_cache = block.normalize_forward(x_BTC, params.norm)  # 3. last norm
+    x_BTC, norm_cache = block.normalize_forward(x_BTC, params.norm, cfg.norm_eps)  # 3. last norm
+    x_BTC *= cfg.logit_scale
     head_CV = params.token_VC.T if params.head_CV is None else params.head_CV
     logits_BTV, head_cache = linear.linear_forward(x_BTC, head_CV)  # 4. logits
-    return logits_BTV, aux, tuple(reports), (params, token_cache, caches, norm_cache, head_cache)
+    parts = (token_cache, caches, norm_cache, head_cache)
+    return logits_BTV, aux, tuple(reports), (params, cfg, *parts)
 
 
 def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams:
@@ -109,10 +112,10 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
 
     Shapes     dlogits_BTV (B, T, V), daux () -> grads
     """
-    params, token_cache, caches, norm_cache, head_cache = cache
+    params, cfg, token_cache, caches, norm_cache, head_cache = cache
     dx_BTC, dhead_CV = linear.linear_backward(dlogits_BTV, head_cache)  # 4.
-    dx_BTC, dnorm = block.normalize_backward(dx_BTC, norm_cache)  # 3.
-    dblocks = []
+    dx_BTC, dnorm = block.normalize_backward(cfg.logit_scale * dx_BTC, norm_cache)  # 3.
+    dblocks, daux = [], daux * _layer_share(cfg)
     while caches:  # 2.
         dx_BTC, dblock = block.block_backward(dx_BTC, daux, caches.pop())
         dblocks.insert(0, dblock)
@@ -120,7 +123,7 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
     if params.position_TC is not None:  # 1.
         dposition = xp.zeros_like(params.position_TC)
         dposition[: dx_BTC.shape[1]] = dx_BTC.sum(0)
-    dtoken_VC = linear.embedding_backward(dx_BTC, token_cache)
+    dtoken_VC = linear.embedding_backward(cfg.embedding_scale * dx_BTC, token_cache)
     if params.head_CV is None:
         dtoken_VC = dtoken_VC + dhead_CV.T
         dhead_CV = None
@@ -161,6 +164,11 @@ def loss_backward(dloss: Array, cache: Cache) -> ModelParams:
     model_cache, loss_cache, shape = cache
     dlogits_NV = loss.cross_entropy_backward(dloss, loss_cache)  # 2.
     return model_backward(dlogits_NV.reshape(shape), dloss, model_cache)  # 1.
+
+
+def _layer_share(cfg: ModelConfig) -> float:
+    """Weigh the balance terms of one layer: all of them, or their mean."""
+    return 1.0 / cfg.moe_count if cfg.balance_over_layers == "mean" else 1.0
 
 
 def _check_length(length: int, cfg: ModelConfig) -> None:

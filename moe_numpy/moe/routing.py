@@ -1,0 +1,118 @@
+"""Routing by tokens: from a token's vector to its experts, their gates and their places."""
+
+from __future__ import annotations
+
+from moe_numpy.backend import Array, Cache, xp
+from moe_numpy.config import (
+    Assignment,
+    ExpertChoice,
+    GroupLimited,
+    MoEConfig,
+    SecondExpert,
+    Sinkhorn,
+)
+from moe_numpy.moe import assignment, balance, capacity, report, router, score, selection
+
+
+def route_forward(
+    x_NC: Array, params: router.RouterParams, cfg: MoEConfig, noise: Array | None = None
+) -> tuple[Array, Array, capacity.Plan, report.MoEReport, Cache]:
+    """Decide which experts see which tokens, and with which weight.
+
+        logits -> scores -> choice -> places -> gates;    beside them the balance terms
+
+    Shapes     x_NC (N, C); noise as `router.draw_noise` draws it
+               -> gate_NK (N, K); aux (); plan; report
+    Cache      (router, score, share, gate and balance caches)
+    Source     Shazeer et al. 2017, section 2.1; the parts name theirs
+    """
+    noise, coin_N = router.split_noise(noise, cfg)
+    clean_NE, noisy_NE, scale_NE, router_cache = router.router_forward(x_NC, params, cfg, noise)
+    score_NE, score_cache = score.score_forward(cfg.score, noisy_NE)  # 2. scores
+    prob_NE, share_cache = score_NE, None
+    if cfg.score != "softmax":
+        prob_NE, share_cache = score.share_forward(score_NE)
+    rank_NE = ranking(noisy_NE, score_NE, params.bias_E, cfg)
+    wished_NK, asked_NK = choose_experts(rank_NE, prob_NE, cfg, coin_N)  # 3. choice
+    expert_NK, plan = capacity.make_plan(wished_NK, rank_NE, prob_NE, cfg.capacity, asked_NK)
+    gate_NK, gate_cache = score.gates_forward(
+        noisy_NE, score_NE, expert_NK, plan.kept_NK, cfg
+    )  # 4. gates
+    aux, balance_cache = balance.balance_forward(
+        clean_NE, noisy_NE, scale_NE, prob_NE, gate_NK, expert_NK, wished_NK, rank_NE, cfg
+    )  # 5. balance
+    entropy_N = report.entropy_of(noisy_NE, prob_NE, cfg.score)
+    facts = report.make_report(prob_NE, entropy_N, wished_NK, plan)
+    if isinstance(cfg.selection, ExpertChoice):  # the experts chose: no wish goes unheard
+        facts = facts._replace(wished_E=facts.load_E, dropped=0)
+    cache = (router_cache, score_cache, share_cache, gate_cache, balance_cache)
+    return gate_NK, aux, plan, facts, cache
+
+
+def route_backward(dgate_NK: Array, daux: Array, cache: Cache) -> tuple[Array, router.RouterParams]:
+    """Undo `route_forward`; who was chosen and who got a place are constants.
+
+    The scores hear of the loss through the gates and the balance terms, the logits through the
+    scores and, for the smooth load and the z-loss, directly.
+
+    Shapes     dgate_NK (N, K), daux () -> dx_NC (N, C), grads
+    """
+    router_cache, score_cache, share_cache, gate_cache, balance_cache = cache
+    dclean_NE, dnoisy_NE, dscale_NE, dscore_NE, dgate_balance_NK = balance.balance_backward(
+        daux, balance_cache
+    )  # 5.
+    if share_cache is not None:
+        dscore_NE = score.share_backward(dscore_NE, share_cache)
+    dgate_NK = dgate_NK + dgate_balance_NK
+    dlogit_NE, dscore_gate_NE = score.gates_backward(dgate_NK, gate_cache)  # 4.
+    dscore_NE = dscore_NE + dscore_gate_NE
+    dnoisy_NE = dnoisy_NE + dlogit_NE + score.score_backward(dscore_NE, score_cache)  # 2.
+    return router.router_backward(dclean_NE, dnoisy_NE, dscale_NE, router_cache)  # 1.
+
+
+def ranking(noisy_NE: Array, score_NE: Array, bias_E: Array | None, cfg: MoEConfig) -> Array:
+    """Return what the choice compares; the gates are computed without the bias.
+
+    The logits rank as their scores do, without the ties of scores that are rounded to 0 or 1.
+    Scores take their place where their size matters: in sums over a group, and below a bias that
+    is in their units (for the softmax the bias is added to the logits). What a Sinkhorn scaling or
+    a limit to groups makes of them is what overflow follows too: an expert with minus infinity is
+    out of the question.
+
+    Shapes     noisy_NE, score_NE (N, E); bias_E (E,) or None -> rank_NE (N, E)
+    """
+    part = cfg.selection
+    rank_NE = noisy_NE
+    if isinstance(part, GroupLimited) or (bias_E is not None and cfg.score != "softmax"):
+        rank_NE = score_NE
+    if bias_E is not None:
+        rank_NE = rank_NE + bias_E
+    if isinstance(part, GroupLimited):
+        return selection.limited_to_groups(rank_NE, part.groups, part.kept, part.score)
+    if isinstance(part, Sinkhorn):
+        return selection.sinkhorn(rank_NE, part.tolerance, part.most)
+    return rank_NE
+
+
+def choose_experts(
+    rank_NE: Array, prob_NE: Array, cfg: MoEConfig, coin_N: Array | None = None
+) -> tuple[Array, Array | None]:
+    """Choose the experts of every token; a discrete decision without a gradient.
+
+    Shapes     rank_NE, prob_NE (N, E); coin_N (N,) from 0 to 1, or None at evaluation
+               -> wished_NK (N, K) integers, best first; asked_NK (N, K) booleans, which of them ask
+               for a place at all, or None for all
+    """
+    part, k = cfg.selection, cfg.top_k
+    if isinstance(part, ExpertChoice):
+        N, E = prob_NE.shape
+        return selection.expert_choice(prob_NE, -(-k * N // E))
+    if isinstance(part, Assignment):
+        return assignment.balanced_assignment(rank_NE)[:, None], None
+    wished_NK = router.top_k(rank_NE, k)
+    if not isinstance(part, SecondExpert):
+        return wished_NK, None
+    pair_N2, _ = router.raw_gate_forward(prob_NE, wished_NK)
+    second_N = pair_N2[:, 1] / pair_N2.sum(1)
+    kept_N = selection.second_expert_kept(second_N, part.threshold, part.policy, coin_N)
+    return wished_NK, xp.stack((xp.ones_like(kept_N), kept_N), 1)

@@ -1,0 +1,185 @@
+"""Scores and gates: what a logit becomes, and how the chosen experts are weighed by it."""
+
+from __future__ import annotations
+
+from moe_numpy.backend import Array, Cache, xp
+from moe_numpy.config import MoEConfig
+from moe_numpy.moe import router
+from moe_numpy.ops import activation, softmax
+
+TINY = 1e-20  # keeps a quotient finite where all scores are zero
+
+
+def sqrt_softplus_forward(x: Array) -> tuple[Array, Cache]:
+    """Score without an upper bound.
+
+        y = sqrt(log(1 + exp(x)))
+
+    Shapes     x (...) -> y (...)
+    Cache      (x, y)
+    Source     DeepSeek-AI 2026, DeepSeek-V4, section 2.1
+    """
+    soft, _ = activation.softplus_forward(x)
+    y = xp.sqrt(soft)
+    return y, (x, y)
+
+
+def sqrt_softplus_backward(dy: Array, cache: Cache) -> Array:
+    """Undo `sqrt_softplus_forward`: dy/dx = sigmoid(x) / (2 y).
+
+    Shapes     dy (...) -> dx (...)
+    """
+    x, y = cache
+    return activation.softplus_backward(dy, (x,)) / (2.0 * xp.maximum(y, TINY))
+
+
+def score_forward(kind: str, logit_NE: Array) -> tuple[Array, Cache]:
+    """Score the experts by their logits.
+
+        score = softmax(logit),  sigmoid(logit)  or  sqrt(softplus(logit))
+
+    Shapes     logit_NE (N, E) -> score_NE (N, E); only those of the softmax sum to one
+    Cache      (kind, cache of the function)
+    Source     Shazeer et al. 2017; sigmoid: DeepSeek-AI 2024, DeepSeek-V3, eq. 15; softplus: V4
+    """
+    forward = {
+        "softmax": softmax.softmax_forward,
+        "sigmoid": activation.sigmoid_forward,
+        "sqrt_softplus": sqrt_softplus_forward,
+    }[kind]
+    score_NE, cache = forward(logit_NE)
+    return score_NE, (kind, cache)
+
+
+def score_backward(dscore_NE: Array, cache: Cache) -> Array:
+    """Hand the gradient to the function that scored.
+
+    Shapes     dscore_NE (N, E) -> dlogit_NE (N, E)
+    """
+    kind, function_cache = cache
+    backward = {
+        "softmax": softmax.softmax_backward,
+        "sigmoid": activation.sigmoid_backward,
+        "sqrt_softplus": sqrt_softplus_backward,
+    }[kind]
+    return backward(dscore_NE, function_cache)
+
+
+def share_forward(score: Array) -> tuple[Array, Cache]:
+    """Divide scores by their sum.
+
+        share_i = score_i / sum_j score_j    over the last axis
+
+    Shapes     score (..., E), not negative -> share (..., E)
+    Cache      (share, total)
+    Source     DeepSeek-AI 2024, DeepSeek-V3, eq. 13 and 19
+    """
+    total = xp.maximum(score.sum(-1, keepdims=True), TINY)
+    share = score / total
+    return share, (share, total)
+
+
+def share_backward(dshare: Array, cache: Cache) -> Array:
+    """Undo `share_forward`: dscore_i = (dshare_i - <share, dshare>) / sum_j score_j.
+
+    Shapes     dshare (..., E) -> dscore (..., E)
+    """
+    share, total = cache
+    return (dshare - (share * dshare).sum(-1, keepdims=True)) / total
+
+
+def share_gate_forward(score_NE: Array, expert_NK: Array) -> tuple[Array, Cache]:
+    """Weigh the chosen experts by their share of the chosen scores.
+
+        gate[n, :] = score[n, expert[n, :]] / sum_k score[n, expert[n, k]]
+
+    For the softmax this is `router.renormalized_gate_forward`; here the scores may be any.
+
+    Shapes     score_NE (N, E); expert_NK (N, K) integers, all different in a row -> gate_NK (N, K)
+    Cache      (gather cache, share cache)
+    Source     DeepSeek-AI 2024, DeepSeek-V3, eq. 13
+    """
+    chosen_NK, gather_cache = router.raw_gate_forward(score_NE, expert_NK)  # 1. chosen scores
+    gate_NK, share_cache = share_forward(chosen_NK)  # 2. their shares
+    return gate_NK, (gather_cache, share_cache)
+
+
+def share_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
+    """Undo `share_gate_forward` part by part.
+
+    Shapes     dgate_NK (N, K) -> dscore_NE (N, E)
+    """
+    gather_cache, share_cache = cache
+    dchosen_NK = share_backward(dgate_NK, share_cache)  # 2.
+    return router.raw_gate_backward(dchosen_NK, gather_cache)  # 1.
+
+
+def kept_gate_forward(gate_NK: Array, kept_NK: Array) -> tuple[Array, Cache]:
+    """Take the gates of dropped choices away and divide the others by their sum.
+
+        y[n, k] = kept[n, k] gate[n, k] / sum_j kept[n, j] gate[n, j]
+
+    Shapes     gate_NK (N, K); kept_NK (N, K) booleans -> y_NK (N, K); zero if nothing was kept
+    Cache      (kept_NK, share cache)
+    Source     DeepSpeed's top-k gating; GShard divides before it drops
+    """
+    y_NK, share_cache = share_forward(gate_NK * kept_NK)
+    return y_NK, (kept_NK, share_cache)
+
+
+def kept_gate_backward(dy_NK: Array, cache: Cache) -> Array:
+    """Undo `kept_gate_forward`; the gate of a lone survivor is the constant 1, gradient zero.
+
+    Shapes     dy_NK (N, K) -> dgate_NK (N, K)
+    """
+    kept_NK, share_cache = cache
+    return share_backward(dy_NK * kept_NK, share_cache) * kept_NK
+
+
+def gates_forward(
+    logit_NE: Array, score_NE: Array, expert_NK: Array, kept_NK: Array, cfg: MoEConfig
+) -> tuple[Array, Cache]:
+    """Weigh the chosen experts as `cfg.gate_weights` says.
+
+        raw                 gate = scale * score[chosen]
+        renormalized        gate = scale * score[chosen] / sum over the chosen
+        renormalized_kept   gate = scale * score[chosen] / sum over the chosen that have a place
+
+    Renormalized softmax gates are computed from the logits: a softmax over the chosen alone.
+
+    Shapes     logit_NE, score_NE (N, E); expert_NK (N, K) integers; kept_NK (N, K) booleans
+               -> gate_NK (N, K)
+    Cache      (cfg, gate cache, kept cache, score_NE)
+    Source     Fedus et al. 2022, eq. 2 (raw); Shazeer et al. 2017, eq. 3 (renormalized);
+               DeepSeek-AI 2024, DeepSeek-V3, eq. 13 (any score; its route scale)
+    """
+    if not cfg.renormalized:  # 1. weights
+        gate_NK, gate_cache = router.raw_gate_forward(score_NE, expert_NK)
+    elif cfg.score == "softmax":
+        gate_NK, gate_cache = router.renormalized_gate_forward(logit_NE, expert_NK)
+    else:
+        gate_NK, gate_cache = share_gate_forward(score_NE, expert_NK)
+    kept_cache = None
+    if cfg.gate_weights == "renormalized_kept":  # 2. of the survivors alone
+        gate_NK, kept_cache = kept_gate_forward(gate_NK, kept_NK)
+    if cfg.gate_scale != 1.0:  # 3. scale
+        gate_NK = gate_NK * cfg.gate_scale
+    return gate_NK, (cfg, gate_cache, kept_cache, score_NE)
+
+
+def gates_backward(dgate_NK: Array, cache: Cache) -> tuple[Array, Array]:
+    """Undo `gates_forward`; one of the two gradients is zero.
+
+    Shapes     dgate_NK (N, K) -> dlogit_NE, dscore_NE (N, E)
+    """
+    cfg, gate_cache, kept_cache, score_NE = cache
+    zero_NE = xp.zeros_like(score_NE)
+    if cfg.gate_scale != 1.0:  # 3.
+        dgate_NK = dgate_NK * cfg.gate_scale
+    if kept_cache is not None:  # 2.
+        dgate_NK = kept_gate_backward(dgate_NK, kept_cache)
+    if not cfg.renormalized:  # 1.
+        return zero_NE, router.raw_gate_backward(dgate_NK, gate_cache)
+    if cfg.score == "softmax":
+        return router.renormalized_gate_backward(dgate_NK, gate_cache), zero_NE
+    return zero_NE, share_gate_backward(dgate_NK, gate_cache)
