@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from moe_numpy import ledger, presets
+from moe_numpy import config, ledger, presets
 from moe_numpy.presets import formulas
 
 # What a narrow terminal goes without, in this order.
@@ -32,8 +32,8 @@ def record(name: str) -> dict[str, Any]:
         "paper": {"authors": paper.authors, "title": paper.title, "at": paper.at},
         "idea": preset.idea,
         "routing": formulas.routing(moe),
-        "knobs": dict(formulas.knobs(moe)),
-        "model": dict(formulas.knobs(preset.model)),
+        "model": config.to_dict(preset.model),
+        "laptop_model": config.to_dict(presets.tiny(name)),
         "published_size": _rows(counted),
         "laptop_size": _rows(ledger.count(presets.tiny(name))),
         "departs": [text.removeprefix("differs: ") for text in preset.departs],

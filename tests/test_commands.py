@@ -20,7 +20,7 @@ from moe_numpy.ops import softmax
 from moe_numpy.training import checkpoint, loop
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("collapse", "train", "generate", "check", "figures")
+COMMANDS = ("collapse", "train", "generate", "check", "systems", "figures")
 GREEK = "\u03b1\u03b2\u03b3 \u03b4\u03b5\U0001f600\u4e2d\u6587 "
 
 

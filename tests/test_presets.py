@@ -375,6 +375,8 @@ def test_the_command_prints_all_one_or_json(capsys):
     assert commands.main(["systems", "grok1", "--json"]) == 0
     grok = json.loads(capsys.readouterr().out)
     assert grok == next(entry for entry in found if entry["name"] == "grok1")
+    assert config.from_dict(grok["model"]) == presets.get("grok1").model
+    assert config.from_dict(grok["laptop_model"]) == presets.tiny("grok1")
     counted = presets.get("grok1").ledger()
     assert grok["parameters_total"] == counted.parameters and grok["experts"] == 8
     assert sum(part["parameters"] for part in grok["published_size"].values()) == counted.parameters

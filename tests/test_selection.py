@@ -80,6 +80,10 @@ KINDS = ("generic", "ties", "one mind")
 
 
 # ---------------------------------------------------------------------------------- limited groups
+def group_limited_top_k(rank_NE, k, *limits):
+    return router.top_k(selection.limited_to_groups(rank_NE, *limits), k)
+
+
 @pytest.mark.parametrize("score", ["max", "top2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_best_groups_limit_the_choice(score, kind):
@@ -89,7 +93,7 @@ def test_the_best_groups_limit_the_choice(score, kind):
         kept = int(rng.integers(1, groups))
         k, N = int(rng.integers(1, kept * size + 1)), int(rng.integers(0, 6))
         rank_NE = drawn(rng, N, groups * size, kind)
-        found = selection.group_limited_top_k(rank_NE, k, groups, kept, score)
+        found = group_limited_top_k(rank_NE, k, groups, kept, score)
         assert (found.shape, found.dtype) == ((N, k), np.intp)
         expected = [limited_choice(row, k, groups, kept, score) for row in rank_NE.tolist()]
         assert found.tolist() == expected
@@ -97,13 +101,13 @@ def test_the_best_groups_limit_the_choice(score, kind):
 
 def test_the_score_of_a_group_decides_between_one_great_and_two_good_experts():
     rank_NE = np.array([[9.0, 0.0, 6.0, 5.0]])
-    assert selection.group_limited_top_k(rank_NE, 2, 2, 1, "max").tolist() == [[0, 1]]
-    assert selection.group_limited_top_k(rank_NE, 2, 2, 1, "top2").tolist() == [[2, 3]]
+    assert group_limited_top_k(rank_NE, 2, 2, 1, "max").tolist() == [[0, 1]]
+    assert group_limited_top_k(rank_NE, 2, 2, 1, "top2").tolist() == [[2, 3]]
 
 
 def test_a_kept_expert_with_a_negative_score_beats_every_expert_that_is_not_kept():
     rank_NE = np.array([[-1.0, 3.0, 1.0, 1.5]])  # with zeros for the others, expert 2 would win
-    assert selection.group_limited_top_k(rank_NE, 2, 2, 1, "max").tolist() == [[1, 0]]
+    assert group_limited_top_k(rank_NE, 2, 2, 1, "max").tolist() == [[1, 0]]
     limited_NE = selection.limited_to_groups(rank_NE, 2, 1, "max")
     assert limited_NE.tolist() == [[-1.0, 3.0, -math.inf, -math.inf]]
 
@@ -111,13 +115,13 @@ def test_a_kept_expert_with_a_negative_score_beats_every_expert_that_is_not_kept
 def test_all_kept_experts_can_be_chosen_and_ties_go_to_the_lower_group_and_expert():
     rank_NE = np.zeros((3, 12))
     for score in ("max", "top2"):
-        found = selection.group_limited_top_k(rank_NE, 8, 3, 2, score)
+        found = group_limited_top_k(rank_NE, 8, 3, 2, score)
         assert found.tolist() == [list(range(8))] * 3
 
 
 def test_limits_that_keep_every_group_are_plain_top_k():
     rank_NE = np.random.default_rng(2).standard_normal((20, 12))
-    found = selection.group_limited_top_k(rank_NE, 5, 4, 4, "top2")
+    found = group_limited_top_k(rank_NE, 5, 4, 4, "top2")
     assert found.tolist() == router.top_k(rank_NE, 5).tolist()
 
 
@@ -334,8 +338,8 @@ def test_the_coin_keeps_the_share_that_the_paper_says():
 # ---------------------------------------------------------------------------------------- together
 SCORE_NE = np.random.default_rng(15).standard_normal((24, 6))
 CALLS = {
-    "group_limited_top_k": (selection.group_limited_top_k, SCORE_NE, 3, 3, 2, "top2"),
-    "group_limited_top_k, max": (selection.group_limited_top_k, SCORE_NE, 3, 3, 2, "max"),
+    "group_limited_top_k": (group_limited_top_k, SCORE_NE, 3, 3, 2, "top2"),
+    "group_limited_top_k, max": (group_limited_top_k, SCORE_NE, 3, 3, 2, "max"),
     "limited_to_groups": (selection.limited_to_groups, SCORE_NE, 3, 2, "top2"),
     "expert_choice": (selection.expert_choice, SCORE_NE, 8),
     "sinkhorn": (selection.sinkhorn, SCORE_NE, 1e-6, 50),
@@ -388,8 +392,8 @@ def test_other_names_for_whole_groups_change_nothing_but_the_names():
     renamed_NE = np.empty_like(SCORE_NE)
     renamed_NE[:, new_E] = SCORE_NE
     for score in ("max", "top2"):
-        found = selection.group_limited_top_k(SCORE_NE, 3, 3, 2, score)
-        renamed = selection.group_limited_top_k(renamed_NE, 3, 3, 2, score)
+        found = group_limited_top_k(SCORE_NE, 3, 3, 2, score)
+        renamed = group_limited_top_k(renamed_NE, 3, 3, 2, score)
         assert renamed.tolist() == new_E[found].tolist()
 
 

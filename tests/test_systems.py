@@ -334,6 +334,13 @@ def test_the_layer_of_every_preset_agrees_with_the_judge(name, plans):
         agree(cfg.evaluation(), x_NC, params, None, plans)
 
 
+def test_a_switch_loss_that_counts_more_than_the_kept_groups_hold_is_refused():
+    parts = {"num_experts": E, "top_k": 2, "hidden": F, "selection": GroupLimited(groups=3, kept=2)}
+    MoEConfig(**parts, balance=(SwitchLoss(counted=4),))
+    with pytest.raises(ValueError, match=r"at most the 4 experts of kept groups, got \[5\]"):
+        MoEConfig(**parts, balance=(SwitchLoss(counted=5),))
+
+
 # ---------------------------------------------------------------- the judge against brute force
 def test_the_judges_assignment_is_the_best_of_all_balanced_ones():
     for seed, tokens in itertools.product(range(3), (3, 4, 6, 7)):

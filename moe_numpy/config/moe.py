@@ -177,6 +177,10 @@ class MoEConfig:
             size = E // selection.groups
             rule = f"{selection.kept} kept groups of {size} experts must hold top_k experts"
             rules.require(selection.kept * size >= k, WHO, rule, k, "Keep more groups.")
+            counted = [term.counted or k for term in self.balance if isinstance(term, SwitchLoss)]
+            rule = f"SwitchLoss counts at most the {selection.kept * size} experts of kept groups"
+            fine = selection.kept * size >= max(counted, default=k)
+            rules.require(fine, WHO, rule, counted, "Count fewer.")
             rule = 'the group score "top2" needs groups of at least 2 experts'
             fine = selection.score == "max" or size > 1
             rules.require(fine, WHO, rule, size, 'Use "max".')

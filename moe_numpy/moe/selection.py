@@ -12,14 +12,6 @@ from moe_numpy.moe import router
 FLOOR = 1e-8  # below it a sum of exponentials counts as nothing, as in Megatron-LM
 
 
-def group_limited_top_k(rank_NE: Array, k: int, groups: int, kept: int, score: str) -> Array:
-    """Choose the k best experts among those of the `kept` best groups.
-
-    Shapes     rank_NE (N, E); k <= kept * E / groups -> expert_NK (N, k) integers, best first
-    """
-    return router.top_k(limited_to_groups(rank_NE, groups, kept, score), k)
-
-
 def limited_to_groups(rank_NE: Array, groups: int, kept: int, score: str) -> Array:
     """Let only the experts of the `kept` best groups compete: the others get minus infinity.
 

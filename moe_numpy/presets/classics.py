@@ -92,7 +92,10 @@ SHAZEER = Preset(
         "differs: attention in place of the two LSTM layers around the experts.",
         "differs: the layer's output passes through no sigmoid.",
     ),
-    notes=("The experts alone have 268 million parameters, one million each.",),
+    notes=(
+        "The experts alone have 268 million parameters, one million each.",
+        "Vocabulary and context of the host model are unverified.",
+    ),
 )
 
 HIERARCHICAL = Preset(
@@ -177,8 +180,7 @@ GSHARD = Preset(
     ),
     notes=(
         "The 36 layers are counted as 18 of the encoder and 18 of the decoder.",
-        "Vocabulary and size of a routing group are ours: 64,000, and 2048 tokens, one device's "
-        "share of a batch of four million.",
+        "Vocabulary and size of a routing group are ours: 64,000, and 2048 tokens.",
     ),
     encoder=True,
 )

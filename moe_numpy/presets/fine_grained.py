@@ -52,7 +52,7 @@ DEEPSEEKMOE = Preset(
     departs=("differs: one device, so that there is no loss for balance over devices.",),
     notes=(
         "853 is a quarter of 8/3 of the width; the paper prints the quarter alone. Vocabulary and "
-        "context are from memory.",
+        "context are unverified.",
     ),
 )
 
@@ -178,6 +178,7 @@ QWEN3 = Preset(
         POOLED,
         "differs: balance over the batch of one machine; Qwen's is over all machines'.",
     ),
+    notes=("Base of the rotary angles and context are unverified.",),
 )
 
 ALL = (DEEPSEEKMOE, DEEPSEEK_V3, OLMOE, QWEN3)

@@ -188,6 +188,7 @@ GPT_OSS = Preset(
         "differs: every layer attends to the whole context; the original's every second one to "
         "128 tokens, and YaRN stretches its rotary angles.",
     ),
+    notes=("The context is unverified.",),
 )
 
 LLAMA4 = Preset(
@@ -231,7 +232,7 @@ LLAMA4 = Preset(
         "differs: the loss looks at each token's shares of sigmoids; the original's at a softmax.",
         "differs: text only.",
     ),
-    notes=("Base of the rotary angles and context are from memory.",),
+    notes=("Base of the rotary angles and context are unverified.",),
 )
 
 ALL = (MIXTRAL, GROK, OPENMOE, GPT_OSS, LLAMA4)

@@ -63,6 +63,7 @@ VMOE = Preset(
         "one threshold per token, which counts the expert itself.",
         "differs: places in token order; batch-prioritized routing is Capacity(priority='score').",
     ),
+    notes=("The sizes of the host model are unverified.",),
 )
 
 BASE = Preset(
@@ -167,7 +168,7 @@ ST_MOE = Preset(
         "differs: no z-loss on the output's logits.",
     ),
     notes=(
-        "27 layers on each side, width 5120 and the vocabulary are from memory; the rest is from "
+        "27 layers on each side, width 5120 and the vocabulary are unverified; the rest is from "
         "the configuration of the code.",
     ),
     encoder=True,
@@ -252,7 +253,10 @@ EXPERT_CHOICE = Preset(
         "differs: an encoder, because a choice among all tokens of a sequence looks ahead.",
         "differs: no limit on the experts of one token (the paper's variant).",
     ),
-    notes=("Positions, norms and vocabulary are not those of the paper's host model.",),
+    notes=(
+        "Positions, norms and vocabulary are not those of the paper's host model; its layers and "
+        "widths are unverified.",
+    ),
 )
 
 SOFT_MOE = Preset(
@@ -286,7 +290,11 @@ SOFT_MOE = Preset(
         ),
     ),
     small=(8, 8),
-    departs=(LANGUAGE,),
+    departs=(
+        LANGUAGE,
+        "differs: a slot mixes all tokens of a batch, the paper's those of one image.",
+    ),
+    notes=("The sizes of the host model are unverified.",),
 )
 
 ALL = (VMOE, BASE, ST_MOE, SINKHORN, EXPERT_CHOICE, SOFT_MOE)
