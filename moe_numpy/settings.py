@@ -76,6 +76,7 @@ OPTIONS = {
     "training": {
         "steps": Option(int, 1000, "training steps"),
         "batch": Option(int, 12, "sequences in a batch"),
+        "shards": Option(int, 1, "parts of a batch, each routed by itself, shared out to threads"),
         "rate": Option(float, 1e-3, "peak learning rate"),
         "final-rate": Option(float, 1e-4, "learning rate at the end of the cosine"),
         "warmup": Option(int, 100, "steps of linear rise"),
@@ -295,7 +296,10 @@ def _training(chosen: dict[str, Any]) -> TrainingConfig:
     return TrainingConfig(
         clip=chosen["clip"] or None,
         optimizer=optimizer,
-        **{name: chosen[name] for name in ("steps", "batch", "rate", "final_rate", "warmup")},
+        **{
+            name: chosen[name]
+            for name in ("steps", "batch", "shards", "rate", "final_rate", "warmup")
+        },
         **{name: chosen[name] for name in ("smoothing", "seed")},
     )
 

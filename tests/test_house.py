@@ -23,7 +23,7 @@ ROOM_OF = {name: name.split(".")[1] if "." in name else "" for name in SOURCES}
 CALCULUS = {name: TREES[name] for name in SOURCES if ROOM_OF[name] in MATHEMATICS}
 
 # A file imports from its own room and from those named here.
-GROUND = {"backend", "config", "tree", "files", "progress"}
+GROUND = {"backend", "config", "tree", "files", "progress", "machine"}
 ROOMS = {
     **{room: set() for room in GROUND},
     "ops": GROUND,

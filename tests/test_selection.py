@@ -338,9 +338,8 @@ def test_the_coin_keeps_the_share_that_the_paper_says():
 # ---------------------------------------------------------------------------------------- together
 SCORE_NE = np.random.default_rng(15).standard_normal((24, 6))
 CALLS = {
-    "group_limited_top_k": (group_limited_top_k, SCORE_NE, 3, 3, 2, "top2"),
-    "group_limited_top_k, max": (group_limited_top_k, SCORE_NE, 3, 3, 2, "max"),
     "limited_to_groups": (selection.limited_to_groups, SCORE_NE, 3, 2, "top2"),
+    "limited_to_groups, max": (selection.limited_to_groups, SCORE_NE, 3, 2, "max"),
     "expert_choice": (selection.expert_choice, SCORE_NE, 8),
     "sinkhorn": (selection.sinkhorn, SCORE_NE, 1e-6, 50),
     "balanced_assignment": (assignment.balanced_assignment, SCORE_NE),

@@ -266,7 +266,8 @@ class ImportanceLoss:
     """weight * CV^2 of the experts' importance (Shazeer et al. 2017, eq. 7).
 
     of  "gates": importance sums the gates (Shazeer);
-        "probabilities": it sums the clean probabilities of all experts (Riquelme et al. 2021).
+        "probabilities": it sums the softmax of the clean logits over all experts (Riquelme et al.
+        2021).
     """
 
     weight: float = 0.1

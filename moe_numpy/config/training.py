@@ -45,6 +45,8 @@ class TrainingConfig:
     rate, final_rate  learning rate after `warmup` steps of linear rise, and at the cosine's end
     clip              largest norm of all gradients together; None for no clipping
     smoothing         label smoothing of the training loss
+    shards            parts of equally many sequences that a batch is split into; each is routed by
+                      itself, and threads may share them out
     seed              of the parameters, the data order and the noise, each with its own generator
     """
 
@@ -55,6 +57,7 @@ class TrainingConfig:
     warmup: int = 100
     clip: float | None = 1.0
     smoothing: float = 0.0
+    shards: int = 1
     optimizer: AdamW | SGD = AdamW()
     seed: int = 0
 
@@ -64,6 +67,9 @@ class TrainingConfig:
             rules.whole_number(who, name, getattr(self, name), least)
         rule = "rate must be positive"
         rules.require(0 < self.rate < math.inf, who, rule, self.rate, "Use 1e-3.")
+        rules.whole_number(who, "shards", self.shards, 1)
+        rule = f"batch must be a multiple of shards ({self.shards})"
+        rules.require(self.batch % self.shards == 0, who, rule, self.batch, "Change either.")
         rules.not_negative(who, "final_rate", self.final_rate)
         rules.instance(who, "optimizer", self.optimizer, (AdamW, SGD))
         if self.clip is not None:

@@ -8,16 +8,17 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_numpy import config, progress, tree
-from moe_numpy.backend import to_device, to_host_together, xp
+from moe_numpy import config, machine, progress, tree
+from moe_numpy.backend import to_device, to_host_together
 from moe_numpy.config import ModelConfig, TrainingConfig
 from moe_numpy.moe import balance
-from moe_numpy.training import checkpoint, data, optimizer
+from moe_numpy.training import checkpoint, data, optimizer, shards
 from moe_numpy.transformer import model
 
 
@@ -111,6 +112,7 @@ def train(
     evaluate_every: int | None = None,
     show_progress: bool = True,
     on_step: Callable[[Run], None] | None = None,
+    threads: int | None = None,
 ) -> None:
     """Take all steps that are left, with a progress bar.
 
@@ -121,6 +123,8 @@ def train(
     evaluate_every : steps between evaluations; None for a quarter of the run. The end is always
         evaluated.
     on_step : called with the run after every step.
+    threads : how many share the shards of a step out, if threadpoolctl is there to keep them apart;
+        None for one per core. It changes no bit.
 
     Raises
     ------
@@ -134,9 +138,16 @@ def train(
         save_run(path, run)
     steps_bar = progress.bar(run.training.steps, "train", "step", run.step, show_progress)
     what_matters_is_checked = np.errstate(over="ignore", invalid="ignore")
-    with steps_bar as bar, _deferred_interrupt() as interrupted, what_matters_is_checked:
+    machine.keep_memory()
+    threads = machine.workers(min(threads or machine.cores(), run.training.shards))
+    with (
+        steps_bar as bar,
+        _deferred_interrupt() as interrupted,
+        what_matters_is_checked,
+        threads as pool,
+    ):
         while run.step < run.training.steps:
-            take_step(run)
+            take_step(run, pool)
             done = run.step == run.training.steps
             if done or run.step % every == 0:
                 _evaluate_now(run)
@@ -227,18 +238,24 @@ def load_model(path: str | Path) -> tuple[model.ModelParams, ModelConfig, str]:
     return checkpoint.restore(like, arrays, "params"), cfg, meta["alphabet"]
 
 
-def take_step(run: Run) -> None:
-    """Take one training step and note what it did."""
+def take_step(run: Run, pool: Executor | None = None) -> None:
+    """Take one training step and note what it did; threads of `pool` share its shards out."""
     cfg, training, step = run.cfg, run.training, run.step
     dtype = run.params.token_VC.dtype
     token_BT, target_BT = data.sample_batch(
         run.data_rng, run.corpus.train, training.batch, cfg.context
     )
     noise = model.draw_noise(run.noise_rng, cfg, token_BT.size, dtype)
-    _, report, cache = model.loss_forward(
-        to_device(token_BT), to_device(target_BT), run.params, cfg, noise, training.smoothing
+    report, grads = shards.gradients(
+        to_device(token_BT),
+        to_device(target_BT),
+        run.params,
+        cfg,
+        noise,
+        training.smoothing,
+        training.shards,
+        pool,
     )
-    grads = model.loss_backward(xp.ones((), dtype), cache)
     *facts, norm = to_host_together([*tree.leaves(report), optimizer.norm(grads)])
     report, norm = tree.from_leaves(report, facts), float(norm)
     _require_finite("loss", float(report.cross_entropy + report.aux), run, step + 1)

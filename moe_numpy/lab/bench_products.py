@@ -1,0 +1,199 @@
+"""Where a training step's time and memory go: its matrix products alone, and its arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from moe_numpy import tree
+from moe_numpy.backend import xp
+from moe_numpy.training import data, loop
+from moe_numpy.transformer import model
+
+PROBE = 1024  # size of the square product that tells the machine's own rate
+
+
+class Watched(np.ndarray):
+    """An array whose matrix products are noted, with the arrays that they read and wrote."""
+
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple | None = None, **knobs: Any
+    ) -> Any:
+        """Compute as plain arrays do, note a product of matrices, and watch the result too."""
+        if out is not None:
+            knobs["out"] = tuple(_plain(array) for array in out)
+        knobs = {name: _plain(value) for name, value in knobs.items()}
+        inputs = tuple(_plain(array) for array in inputs)
+        result = getattr(ufunc, method)(*inputs, **knobs)
+        if ufunc is np.matmul and min(array.ndim for array in inputs) > 1:
+            _noted.append((threading.get_ident(), *inputs, result))
+        if out is not None:
+            return out[0] if len(out) == 1 else out
+        return tuple(map(_watch, result)) if isinstance(result, tuple) else _watch(result)
+
+
+_noted: list[tuple] = []
+
+
+@contextlib.contextmanager
+def noted_products() -> Iterator[list[tuple]]:
+    """Note every matrix product of the mathematics inside the block: (thread, a, b, result).
+
+    What the mathematics allocates is watched by itself; parameters must be (`watch`). Unseen is
+    only ``a @ b`` of two arrays that were both made before and are not watched.
+    """
+    before = dict(vars(xp))
+    plain = (type, np.ufunc)
+    functions = {n: f for n, f in before.items() if callable(f) and not isinstance(f, plain)}
+    vars(xp).update({name: _watching(function) for name, function in functions.items()})
+    xp.matmul = lambda a, b, **knobs: np.matmul(_watch(a), b, **knobs)
+    _noted.clear()
+    try:
+        yield _noted
+    finally:
+        vars(xp).update(before)
+
+
+def watch(arrays: tree.Tree) -> tree.Tree:
+    """Look at the arrays of a tree, in place, as arrays whose products are noted."""
+    return tree.map(_watch, arrays)
+
+
+def products_of_step(run: loop.Run) -> list[tuple]:
+    """Take a training step and list its matrix products."""
+    params = run.params
+    run.params = watch(params)
+    try:
+        with noted_products() as noted:
+            loop.take_step(run)
+            return list(noted)
+    finally:
+        run.params = params
+
+
+def replay(products: list[tuple]) -> None:
+    """Compute the products again, alone, on the same arrays; each in the thread it came from."""
+    by_thread: dict[int, list[tuple]] = {}
+    for thread, *operands in products:
+        by_thread.setdefault(thread, []).append(operands)
+    if len(by_thread) == 1:
+        return _multiply(*by_thread.values())
+    threads = [threading.Thread(target=_multiply, args=(own,)) for own in by_thread.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return None
+
+
+def flops(products: list[tuple]) -> int:
+    """Count the multiplications and additions of the products."""
+    return sum(2 * result.size * a.shape[-1] for _, a, _, result in products)
+
+
+def measure(run: loop.Run, repeats: int) -> dict[str, Any]:
+    """Time steps, their products alone and the machine's own product in turns.
+
+    Returns     the seconds of each, the number of products, and their operations
+    """
+    loop.take_step(run)
+    products = products_of_step(run)
+    a, b, out = np.random.default_rng(0).random((3, PROBE, PROBE), np.float32)
+    whole, alone, probe = [], [], []
+    for _ in range(repeats):
+        whole.append(_seconds(lambda: loop.take_step(run), 5))
+        alone.append(_seconds(lambda: replay(products), 5))
+        probe.append(_seconds(lambda: np.matmul(a, b, out=out), 3))
+    return {
+        "step": whole,
+        "products": alone,
+        "probe": probe,
+        "calls": len(products),
+        "flops": flops(products),
+        "probe_flops": 2 * PROBE**3,
+    }
+
+
+def bytes_of(run: loop.Run) -> dict[str, int]:
+    """Count the bytes of a step's arrays: parameters, gradients, optimizer, activations.
+
+    The activations are what the forward leaves for the backward, each buffer counted once.
+    """
+    sizes = run.training.batch, run.cfg.context
+    token, target = data.sample_batch(np.random.default_rng(0), run.corpus.train, *sizes)
+    _, _, cache = model.loss_forward(token, target, run.params, run.cfg)
+    own = {id(_root(leaf)) for leaf in tree.leaves(run.params)}
+    kept = {key: array for key, array in buffers(cache).items() if key not in own}
+    activations = sum(array.nbytes for array in kept.values())
+    grads = model.loss_backward(np.ones((), run.params.token_VC.dtype), cache)
+    return {
+        "parameters": _bytes(run.params),
+        "gradients": _bytes(grads),
+        "optimizer": _bytes(run.state),
+        "activations": activations,
+    }
+
+
+def buffers(cache: Any) -> dict[int, np.ndarray]:
+    """Find the arrays that own the memory of everything in a cache, by identity."""
+    if isinstance(cache, np.ndarray):
+        root = _root(cache)
+        return {id(root): root}
+    inside = ()
+    if isinstance(cache, tuple | list):
+        inside = cache
+    elif isinstance(cache, dict):
+        inside = cache.values()
+    elif hasattr(cache, "__dict__"):
+        inside = vars(cache).values()
+    found: dict[int, np.ndarray] = {}
+    for part in inside:
+        found |= buffers(part)
+    return found
+
+
+def _multiply(products: list[tuple]) -> None:
+    for a, b, result in products:
+        np.matmul(a, b, out=result)
+
+
+def _seconds(once: Callable[[], Any], times: int) -> float:
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        once()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def _root(array: np.ndarray) -> np.ndarray:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def _bytes(arrays: tree.Tree) -> int:
+    return sum(leaf.nbytes for leaf in tree.leaves(arrays))
+
+
+def _plain(value: Any) -> Any:
+    return value.view(np.ndarray) if isinstance(value, Watched) else value
+
+
+def _watch(value: Any) -> Any:
+    return value.view(Watched) if isinstance(value, np.ndarray) else value
+
+
+def _watching(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def watched(*arguments: Any, **knobs: Any) -> Any:
+        return _watch(function(*arguments, **knobs))
+
+    return watched

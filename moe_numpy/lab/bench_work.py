@@ -1,0 +1,164 @@
+"""What the benchmark runs on our side: a training step, a layer, generation, a plain product."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from moe_numpy import config, tree
+from moe_numpy.config import ModelConfig, MoEConfig, TrainingConfig
+from moe_numpy.lab import bench_products
+from moe_numpy.lab.bench_process import Work, sketch
+from moe_numpy.moe import layer, mlp
+from moe_numpy.training import data, loop
+from moe_numpy.transformer import generation, model
+
+COMPARED_STEPS = 2  # whose losses are compared, one update between; later, a near tie in the
+# router of one token may fall differently on each side, and the losses part
+
+
+def build(spec: dict[str, Any]) -> Work:
+    """Build the work that a specification names."""
+    return {"step": _step, "layer": _layer, "mlp": _mlp, "generate": _generate, "sgemm": _sgemm}[
+        spec["work"]
+    ](spec)
+
+
+def text(vocab_size: int, length: int = 100_000) -> data.Corpus:
+    """Invent a text of equally likely characters: what it says does not change the time."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, length).astype(np.uint16)
+    alphabet = "".join(chr(48 + i) for i in range(vocab_size))
+    return data.Corpus(name="dice", alphabet=alphabet, train=ids, validation=ids, sha256="dice")
+
+
+def training(steps: int = 20_000) -> TrainingConfig:
+    """Configure the run of the benchmark: a constant rate, so that every step does the same."""
+    return TrainingConfig(steps=steps, batch=12, warmup=0, rate=1e-3, final_rate=1e-3)
+
+
+def _step(spec: dict[str, Any]) -> Work:
+    cfg = config.from_dict(spec["config"])
+    run = loop.new_run(text(cfg.vocab_size), cfg, config.from_dict(spec["training"]))
+    token, target = _next_batches(run)
+
+    def give() -> dict[str, np.ndarray]:
+        return {"token": token, "target": target, **_named("params", run.params)}
+
+    def values() -> dict[str, np.ndarray]:
+        _, _, cache = model.loss_forward(token[0], target[0], run.params, cfg)
+        grads = model.loss_backward(np.ones((), run.params.token_VC.dtype), cache)
+        first = run.step
+        for _ in range(COMPARED_STEPS):
+            loop.take_step(run)
+        losses = run.series.cross_entropy[first : run.step]
+        return {"loss": losses, **_named("grads", grads)}
+
+    return Work(
+        give=give,
+        take=lambda given: None,
+        values=values,
+        once=lambda: loop.take_step(run),
+        facts={
+            "products": lambda: bench_products.measure(run, spec["repeats"]),
+            "bytes": lambda: bench_products.bytes_of(run),
+        },
+    )
+
+
+def _next_batches(run: loop.Run) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the batches that the run is about to draw, without moving its generator."""
+    rng = copy.deepcopy(run.data_rng)
+    sizes = run.training.batch, run.cfg.context
+    batches = [data.sample_batch(rng, run.corpus.train, *sizes) for _ in range(COMPARED_STEPS)]
+    token, target = (np.stack(part) for part in zip(*batches, strict=True))
+    return token, target
+
+
+def _layer(spec: dict[str, Any]) -> Work:
+    cfg: MoEConfig = config.from_dict(spec["moe"])
+    x, dy, rng = _rows(spec)
+    params = layer.init_moe(rng, cfg, spec["width"], "float32")
+    aux = np.zeros((), "float32")
+
+    def once() -> tuple:
+        y, _, _, cache = layer.moe_forward(x, params, cfg)
+        return y, *layer.moe_backward(dy, aux, cache)
+
+    return _forward_and_backward(once, {"x": x, "dy": dy, **_named("params", params)})
+
+
+def _mlp(spec: dict[str, Any]) -> Work:
+    x, dy, rng = _rows(spec)
+    params = mlp.init_mlp(rng, spec["width"], spec["hidden"], "gelu_tanh", "float32", 1)
+
+    def once() -> tuple:
+        y, cache = mlp.mlp_forward(x, params, "gelu_tanh")
+        return y, *mlp.mlp_backward(dy, cache)
+
+    return _forward_and_backward(once, {"x": x, "dy": dy, **_named("params", params)})
+
+
+def _forward_and_backward(once: Any, given: dict[str, np.ndarray]) -> Work:
+    def values() -> dict[str, np.ndarray]:
+        y, dx, grads = once()
+        return {"y": y, "dx": dx, **_named("grads", grads)}
+
+    return Work(lambda: given, lambda given: None, values, once, {})
+
+
+def _rows(spec: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, spec["tokens"], spec["width"])).astype(np.float32)
+    return x, dy, rng
+
+
+def _generate(spec: dict[str, Any]) -> Work:
+    cfg: ModelConfig = config.from_dict(spec["config"])
+    rng = np.random.default_rng(0)
+    params = model.init_model(rng, cfg)
+    prompt = rng.integers(0, cfg.vocab_size, spec["prompt"])
+
+    def tokens() -> Iterator[int]:
+        return generation.generate(prompt, params, cfg, spec["tokens"], 0, temperature=0)
+
+    def values() -> dict[str, np.ndarray]:
+        written = np.array(list(tokens()))
+        whole = np.concatenate((prompt, written))[None]
+        logits_BTV, _, _, _ = model.model_forward(whole, params, cfg)
+        return {"written": written, "logits": logits_BTV}
+
+    return Work(
+        give=lambda: {"prompt": prompt, **_named("params", params)},
+        take=lambda given: None,
+        values=values,
+        once=lambda: list(tokens()),
+        facts={"lengths": lambda: _by_length(tokens, spec["repeats"])},
+    )
+
+
+def _by_length(tokens: Any, repeats: int) -> list[float]:
+    """Time every token by its place, in milliseconds: the median over repetitions."""
+    found = []
+    for _ in range(repeats):
+        marks = [time.perf_counter()]
+        marks += [time.perf_counter() for _ in tokens()]
+        found.append(np.diff(marks))
+    return np.round(1e3 * np.median(found, 0), 4).tolist()
+
+
+def _sgemm(spec: dict[str, Any]) -> Work:
+    a, b, out = np.random.default_rng(0).random((3, spec["size"], spec["size"]), np.float32)
+    once = lambda: np.matmul(a, b, out=out)  # noqa: E731
+    return Work(None, lambda given: None, dict, once, {})
+
+
+def _named(prefix: str, arrays: tree.Tree) -> dict[str, np.ndarray]:
+    """Name the arrays of a tree; of gradients, large ones are sketched."""
+    leaves = {f"{prefix}.{name}": leaf for name, leaf in tree.named_leaves(arrays)}
+    if prefix != "grads":
+        return leaves
+    return {name: sketch(name, leaf) for name, leaf in leaves.items()}

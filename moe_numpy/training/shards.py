@@ -1,0 +1,97 @@
+"""The loss and gradients of a batch, shard by shard: what one step of training computes.
+
+A shard is a run of sequences that is routed by itself, with its own places and balance, as the
+groups of GShard are. Shards need nothing of each other, so threads may share them out; they are
+added up in their own order, so the number of threads changes no bit.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from concurrent.futures import Executor
+
+from moe_numpy import tree
+from moe_numpy.backend import Array, xp
+from moe_numpy.config import ModelConfig
+from moe_numpy.moe.report import MoEReport
+from moe_numpy.transformer import model
+
+
+def gradients(
+    token_BT: Array,
+    target_BT: Array,
+    params: model.ModelParams,
+    cfg: ModelConfig,
+    noise: tuple[Array | None, ...] | None = None,
+    smoothing: float = 0.0,
+    shards: int = 1,
+    pool: Executor | None = None,
+) -> tuple[model.LossReport, model.ModelParams]:
+    """Average the losses of the shards and their gradients.
+
+    Parameters
+    ----------
+    token_BT, target_BT : integers (B, T); B a multiple of `shards`.
+    noise : as `model.draw_noise` draws it, for the whole batch.
+    pool : threads that share the shards out; None for one after the other.
+
+    Returns
+    -------
+    report, gradients
+        counts are sums over the shards, everything else is a mean.
+    """
+    B, T = token_BT.shape
+    step = B // shards
+    jobs = []
+    for first in range(0, B, step):
+        rows = slice(first * T, (first + step) * T)
+        own = noise and tuple(None if layer is None else layer[rows] for layer in noise)
+        batch = (token_BT[first : first + step], target_BT[first : first + step])
+        jobs.append(functools.partial(_one, *batch, params, cfg, own, smoothing, 1.0 / shards))
+    if pool is None:
+        results = [job() for job in jobs]
+    else:  # every thread works in a copy of this one's context, in which NumPy keeps its settings
+        waiting = [pool.submit(contextvars.copy_context().run, job) for job in jobs]
+        results = [future.result() for future in waiting]
+    reports, grads = zip(*results, strict=True)
+    return _merge(reports), functools.reduce(_add, grads)
+
+
+def _one(
+    token_BT: Array,
+    target_BT: Array,
+    params: model.ModelParams,
+    cfg: ModelConfig,
+    noise: tuple[Array | None, ...] | None,
+    smoothing: float,
+    weight: float,
+) -> tuple[model.LossReport, model.ModelParams]:
+    loss, report, cache = model.loss_forward(token_BT, target_BT, params, cfg, noise, smoothing)
+    return report, model.loss_backward(xp.full_like(loss, weight), cache)
+
+
+def _add(total: model.ModelParams, grads: model.ModelParams) -> model.ModelParams:
+    """Add up in place: the gradients are fresh, and nobody else's."""
+    return tree.map(lambda a, b: xp.add(a, b, out=a), total, grads)
+
+
+def _merge(reports: tuple[model.LossReport, ...]) -> model.LossReport:
+    if len(reports) == 1:
+        return reports[0]
+    mean = 1.0 / len(reports)
+    layers = tuple(
+        MoEReport(
+            wished_E=sum(layer.wished_E for layer in same),
+            load_E=sum(layer.load_E for layer in same),
+            dropped=sum(layer.dropped for layer in same),
+            decisiveness=sum(layer.decisiveness for layer in same) * mean,
+            gate_entropy=sum(layer.gate_entropy for layer in same) * mean,
+        )
+        for same in zip(*(report.layers for report in reports), strict=True)
+    )
+    return model.LossReport(
+        cross_entropy=sum(report.cross_entropy for report in reports) * mean,
+        aux=sum(report.aux for report in reports) * mean,
+        layers=layers,
+    )
