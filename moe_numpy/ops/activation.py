@@ -114,7 +114,12 @@ def silu_backward(dy: Array, cache: Cache) -> Array:
     Shapes     dy (...) -> dx (...)
     """
     x, s = cache
-    return dy * (s * (1.0 + x * (1.0 - s)))
+    dx = 1.0 - s
+    dx *= x
+    dx += 1.0
+    dx *= s
+    dx *= dy
+    return dx
 
 
 def gelu_forward(x: Array) -> tuple[Array, Cache]:
@@ -149,7 +154,11 @@ def gelu_tanh_forward(x: Array) -> tuple[Array, Cache]:
     Source     Hendrycks and Gimpel 2016, section 2; the form that GPT-2 uses
     """
     a = 2.0 * math.sqrt(2.0 / math.pi)
-    s = _sigmoid(x * (a + (a * 0.044715) * (x * x)))
+    u2 = x * x  # 2 u, in place
+    u2 *= a * 0.044715
+    u2 += a
+    u2 *= x
+    s = _sigmoid(u2)
     return x * s, (x, s)
 
 
@@ -162,8 +171,15 @@ def gelu_tanh_backward(dy: Array, cache: Cache) -> Array:
     """
     x, s = cache
     a = 2.0 * math.sqrt(2.0 / math.pi)
-    slope = a + (a * 3.0 * 0.044715) * (x * x)
-    return dy * (s * (1.0 + x * (1.0 - s) * slope))
+    dx = x * x
+    dx *= a * 3.0 * 0.044715
+    dx += a  # d(2u)/dx
+    dx *= x
+    dx *= 1.0 - s
+    dx += 1.0
+    dx *= s
+    dx *= dy
+    return dx
 
 
 def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
@@ -293,4 +309,8 @@ def activate_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None, Arr
 
 def _sigmoid(x: Array) -> Array:
     # Below -80 the sigmoid is zero to 34 digits; without the bound exp overflows in float32.
-    return 1.0 / (1.0 + xp.exp(-xp.maximum(x, -80.0)))
+    s = xp.maximum(x, -80.0)
+    xp.negative(s, out=s)
+    xp.exp(s, out=s)
+    s += 1.0
+    return xp.reciprocal(s, out=s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_numpy.backend import Array, Cache, xp
+from moe_numpy.ops import rows
 
 
 def rms_norm_forward(x: Array, gain_C: Array | None, eps: float = 1e-5) -> tuple[Array, Cache]:
@@ -14,7 +15,7 @@ def rms_norm_forward(x: Array, gain_C: Array | None, eps: float = 1e-5) -> tuple
     Cache      (unit, r, gain_C): unit = x * r, as large as x
     Source     Zhang and Sennrich 2019, Root Mean Square Layer Normalization, eq. 4
     """
-    r = 1.0 / xp.sqrt((x * x).mean(-1, keepdims=True) + eps)  # 1. inverse size
+    r = 1.0 / xp.sqrt(rows.dots(x, x) / x.shape[-1] + eps)  # 1. inverse size
     unit = x * r  # 2. unit size
     return unit if gain_C is None else gain_C * unit, (unit, r, gain_C)  # 3. gain
 
@@ -28,11 +29,13 @@ def rms_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None]:
     Shapes     dy (..., C) -> dx (..., C), dgain_C (C,) or None
     """
     unit, r, gain_C = cache
-    dgain_C, q = None, dy
-    if gain_C is not None:  # 3.
-        dgain_C = (dy * unit).reshape(-1, unit.shape[-1]).sum(0)
-        q = gain_C * dy
-    dx = r * (q - unit * (q * unit).mean(-1, keepdims=True))  # 2. and 1.
+    if gain_C is None:
+        return r * (dy - unit * (rows.dots(dy, unit) / unit.shape[-1])), None
+    dgain_C = rows.sum_columns(dy * unit)  # 3.
+    q = gain_C * dy
+    dx = unit * (rows.dots(q, unit) / -unit.shape[-1])  # 2. and 1.
+    dx += q
+    dx *= r
     return dx, dgain_C
 
 
@@ -47,10 +50,12 @@ def layer_norm_forward(
     Cache      (unit, r, gain_C): unit is as large as x
     Source     Ba et al. 2016, Layer Normalization, eq. 4; the variance is the population's
     """
-    centered = x - x.mean(-1, keepdims=True)  # 1. mean zero
-    r = 1.0 / xp.sqrt((centered * centered).mean(-1, keepdims=True) + eps)  # 2. inverse deviation
-    unit = centered * r  # 3. variance one
-    return gain_C * unit + bias_C, (unit, r, gain_C)  # 4. gain and bias
+    unit = x - rows.mean(x)  # 1. mean zero
+    r = 1.0 / xp.sqrt(rows.dots(unit, unit) / x.shape[-1] + eps)  # 2. inverse deviation
+    unit *= r  # 3. variance one
+    y = gain_C * unit  # 4. gain and bias
+    y += bias_C
+    return y, (unit, r, gain_C)
 
 
 def layer_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
@@ -63,9 +68,11 @@ def layer_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     Shapes     dy (..., C) -> dx (..., C), dgain_C (C,), dbias_C (C,)
     """
     unit, r, gain_C = cache
-    C = unit.shape[-1]
-    dbias_C = dy.reshape(-1, C).sum(0)  # 4.
-    dgain_C = (dy * unit).reshape(-1, C).sum(0)
+    dbias_C = rows.sum_columns(dy)  # 4.
+    dgain_C = rows.sum_columns(dy * unit)
     q = gain_C * dy
-    dx = q - q.mean(-1, keepdims=True) - unit * (q * unit).mean(-1, keepdims=True)  # 3. to 1.
-    return r * dx, dgain_C, dbias_C
+    dx = unit * (rows.dots(q, unit) / -unit.shape[-1])  # 3. to 1.
+    q -= rows.mean(q)
+    dx += q
+    dx *= r
+    return dx, dgain_C, dbias_C

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_numpy.backend import Array, Cache, xp
+from moe_numpy.ops import rows
 
 
 def softmax_forward(z: Array) -> tuple[Array, Cache]:
@@ -15,8 +16,9 @@ def softmax_forward(z: Array) -> tuple[Array, Cache]:
     Cache      (p,)
     Source     Bridle 1990; the maximum is subtracted so that exp cannot overflow
     """
-    p = xp.exp(z - z.max(-1, keepdims=True))  # 1. exponentials
-    p /= p.sum(-1, keepdims=True)  # 2. normalized
+    p = z - rows.maximum(z)
+    xp.exp(p, out=p)  # 1. exponentials
+    p /= rows.sums(p)  # 2. normalized
     return p, (p,)
 
 
@@ -29,7 +31,9 @@ def softmax_backward(dp: Array, cache: Cache) -> Array:
     Shapes     dp (..., E) -> dz (..., E)
     """
     (p,) = cache
-    return p * (dp - (p * dp).sum(-1, keepdims=True))
+    dz = dp - rows.dots(p, dp)
+    dz *= p
+    return dz
 
 
 def log_softmax_forward(z: Array) -> tuple[Array, Cache]:
@@ -42,8 +46,8 @@ def log_softmax_forward(z: Array) -> tuple[Array, Cache]:
     Cache      (y,)
     Source     Bridle 1990
     """
-    shifted = z - z.max(-1, keepdims=True)  # 1. largest is zero
-    y = shifted - xp.log(xp.exp(shifted).sum(-1, keepdims=True))  # 2. minus log-sum-exp
+    y = z - rows.maximum(z)  # 1. largest is zero
+    y -= xp.log(rows.sums(xp.exp(y)))  # 2. minus log-sum-exp
     return y, (y,)
 
 
@@ -55,7 +59,7 @@ def log_softmax_backward(dy: Array, cache: Cache) -> Array:
     Shapes     dy (..., V) -> dz (..., V)
     """
     (y,) = cache
-    return dy - xp.exp(y) * dy.sum(-1, keepdims=True)
+    return dy - xp.exp(y) * rows.sums(dy)
 
 
 def sink_softmax_forward(z_BHTS: Array, sink_H: Array) -> tuple[Array, Cache]:
@@ -71,9 +75,9 @@ def sink_softmax_forward(z_BHTS: Array, sink_H: Array) -> tuple[Array, Cache]:
     Source     OpenAI 2025, gpt-oss, `sdpa` in model.py; the maximum is subtracted as in `softmax`
     """
     sink = sink_H[:, None, None]
-    top = xp.maximum(z_BHTS.max(-1, keepdims=True), sink)
+    top = xp.maximum(rows.maximum(z_BHTS), sink)
     a_BHTS, rest = xp.exp(z_BHTS - top), xp.exp(sink - top)  # 1. exponentials
-    total = a_BHTS.sum(-1, keepdims=True) + rest
+    total = rows.sums(a_BHTS) + rest
     a_BHTS /= total  # 2. normalized
     rest /= total
     return a_BHTS, (a_BHTS, rest)
