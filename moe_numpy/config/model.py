@@ -37,6 +37,8 @@ class ModelConfig:
                 cannot be trained to predict the next token.
     balance_over_layers  whether the balance terms of the layers are added up ("sum") or averaged
                 ("mean").
+    recompute   whether the backward runs each layer's forward again instead of keeping what it
+                left: the same gradients in less memory and more time (Chen et al. 2016).
     """
 
     vocab_size: int
@@ -66,6 +68,7 @@ class ModelConfig:
     moe_layers: tuple[int, ...] | None = None
     extra_ffn: bool = False
     balance_over_layers: str = "sum"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "layers", "width", "heads"):
@@ -92,7 +95,15 @@ class ModelConfig:
         for name in ("logit_cap", "attention_scale"):
             if getattr(self, name) is not None:
                 rules.positive(WHO, name, getattr(self, name), "Or None.")
-        for name in ("sandwich", "attention_bias", "sinks", "tied", "causal", "extra_ffn"):
+        for name in (
+            "sandwich",
+            "attention_bias",
+            "sinks",
+            "tied",
+            "causal",
+            "extra_ffn",
+            "recompute",
+        ):
             rules.instance(WHO, name, getattr(self, name), (bool,))
         if self.positions == "rotary":
             rule, fine = "rotary positions need an even head width", self.head_width % 2 == 0

@@ -74,7 +74,8 @@ def model_forward(
     Shapes     token_BT (B, T) integers -> logits_BTV (B, T, V); aux (), the balance terms of the
                layers summed or averaged; reports
     Units      logits in nats
-    Cache      the caches of the parts; `model_backward` pops the layers' one by one
+    Cache      the caches of the parts; `model_backward` pops the layers' one by one. With
+               `cfg.recompute` a layer leaves only its input there, 4*B*T*C bytes in float32
     Raises     ValueError if the sequence is longer than the context or a token is unknown
     Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
     """
@@ -86,16 +87,13 @@ def model_forward(
         x_BTC = x_BTC + params.position_TC[start : start + token_BT.shape[1]]
     aux, reports, caches = xp.zeros((), x_BTC.dtype), [], []
     for layer, block_params in enumerate(params.blocks):  # 2. layers
+        given = (x_BTC, block_params, cfg, None if noise is None else noise[layer])
         x_BTC, layer_aux, report, cache = block.block_forward(
-            x_BTC,
-            block_params,
-            cfg,
-            None if noise is None else noise[layer],
-            None if kv is None else kv[layer],
+            *given, None if kv is None else kv[layer]
         )
         aux = aux + layer_aux * _layer_share(cfg)
         reports += [] if report is None else [report]
-        caches.append(cache)
+        caches.append(given if cfg.recompute else cache)
     x_BTC, norm_cache = block.normalize_forward(x_BTC, params.norm, cfg.norm_eps)  # 3. last norm
     x_BTC *= cfg.logit_scale
     head_CV = params.token_VC.T if params.head_CV is None else params.head_CV
@@ -108,7 +106,8 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
     """Undo `model_forward`, the last layer first.
 
     A tied table collects the gradients of both its uses. The list of the layers' caches is
-    consumed, so their memory is free as soon as it is not needed.
+    consumed, so their memory is free as soon as it is not needed. With `cfg.recompute` a layer's
+    forward runs again for its cache: the same numbers, to the bit.
 
     Shapes     dlogits_BTV (B, T, V), daux () -> grads
     """
@@ -117,7 +116,10 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
     dx_BTC, dnorm = block.normalize_backward(cfg.logit_scale * dx_BTC, norm_cache)  # 3.
     dblocks, daux = [], daux * _layer_share(cfg)
     while caches:  # 2.
-        dx_BTC, dblock = block.block_backward(dx_BTC, daux, caches.pop())
+        cache = caches.pop()
+        if cfg.recompute:
+            *_, cache = block.block_forward(*cache)
+        dx_BTC, dblock = block.block_backward(dx_BTC, daux, cache)
         dblocks.insert(0, dblock)
     dposition = None
     if params.position_TC is not None:  # 1.

@@ -1,0 +1,45 @@
+"""Running a layer's forward again in the backward saves memory and changes no bit."""
+
+import dataclasses
+import tracemalloc
+
+import numpy as np
+import pytest
+import tiny
+
+from moe_numpy.config import Capacity, LearnedNoise, SwitchLoss
+from moe_numpy.transformer import model
+
+MOE = tiny.moe(
+    noise=LearnedNoise(), capacity=Capacity(factor=0.8), balance=(SwitchLoss(),), activation="swiglu"
+)
+
+
+def step(cfg, seed=0, batch=4):
+    rng = np.random.default_rng(seed)
+    params = model.init_model(rng, cfg)
+    token_BT, target_BT = rng.integers(0, cfg.vocab_size, (2, batch, cfg.context))
+    noise = model.draw_noise(rng, cfg, token_BT.size)
+    tracemalloc.start()
+    loss, _, cache = model.loss_forward(token_BT, target_BT, params, cfg, noise)
+    kept = tracemalloc.get_traced_memory()[0]
+    grads = model.loss_backward(np.ones_like(loss), cache)
+    tracemalloc.stop()
+    return (loss, grads), kept
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "experts"])
+def test_the_gradients_are_the_same_to_the_bit(moe):
+    cfg = tiny.model(moe)
+    plain, kept = step(cfg)
+    again, less = step(dataclasses.replace(cfg, recompute=True))
+    assert tiny.same_bits(plain, again)
+    assert less < kept / 2
+
+
+def test_what_is_kept_for_a_layer_is_its_input():
+    cfg = tiny.model(MOE, recompute=True)
+    few, many = (step(dataclasses.replace(cfg, layers=layers), batch=16)[1] for layers in (2, 6))
+    inputs = 4 * 16 * cfg.context * cfg.width * 4  # of four more layers, in bytes
+    noise = 0
+    assert inputs + noise <= many - few < 1.5 * inputs
