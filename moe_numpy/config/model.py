@@ -95,15 +95,8 @@ class ModelConfig:
         for name in ("logit_cap", "attention_scale"):
             if getattr(self, name) is not None:
                 rules.positive(WHO, name, getattr(self, name), "Or None.")
-        for name in (
-            "sandwich",
-            "attention_bias",
-            "sinks",
-            "tied",
-            "causal",
-            "extra_ffn",
-            "recompute",
-        ):
+        switches = ("sandwich", "attention_bias", "sinks", "tied", "causal", "extra_ffn")
+        for name in (*switches, "recompute"):
             rules.instance(WHO, name, getattr(self, name), (bool,))
         if self.positions == "rotary":
             rule, fine = "rotary positions need an even head width", self.head_width % 2 == 0
