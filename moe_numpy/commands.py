@@ -225,7 +225,7 @@ def parity(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     """Measure how fast this machine trains and writes, alone and against PyTorch."""
     from moe_numpy.lab import bench as study_module
-    from moe_numpy.lab import bench_report, plots
+    from moe_numpy.lab import plots
 
     alone = study_module.why_alone()
     part = options.quick or options.only
@@ -238,9 +238,14 @@ def bench(options: argparse.Namespace) -> int:
     record = study_module.run(
         plan, tuple(options.only or ()), lambda name: _say(options, f"... {name}")
     )
-    files.write_json(Path(folder, "speed.json"), record)
-    plots.save(bench_report.speed_figure(record), Path(folder, "speed.png"))
-    print(json.dumps(record) if options.json else bench_report.table(record))
+    for name, found in study_module.records(record).items():
+        path = Path(folder, f"{name}.json")
+        files.write_json(path, found)
+        plots.save(plots.draw(found, path), path.with_suffix(".png"))
+        if not options.json:
+            print(study_module.text(found))
+    if options.json:
+        print(json.dumps(record))
     return 0
 
 
@@ -398,10 +403,10 @@ def _parser() -> argparse.ArgumentParser:
         bench,
         "measure the speed of training and generation, also against PyTorch",
         more="Close other programs first: rounds that they disturb are marked, and set aside where "
-        "enough quiet ones are left. Takes about twenty minutes; --quick only shows that it works.",
+        "enough quiet ones are left. Takes about ten minutes; --quick only shows that it works.",
     )
     sub.add_argument("--quick", action="store_true", help="tiny sizes, own folder")
-    rows = ("step", "layer", "overhead", "generation", "import")
+    rows = ("step", "steps", "layer", "overhead", "generation", "import")
     sub.add_argument("--only", nargs="+", choices=rows, metavar="ROW", help=", ".join(rows))
     sub.add_argument("--rounds", type=_positive, help="of each race (7)")
     sub.add_argument("--threads", type=_positive, default=2, help="of each side (%(default)s)")

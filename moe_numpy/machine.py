@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import contextvars
 import ctypes
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 LARGEST_KEPT = 32 << 20  # bytes: the C library takes no larger one
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
@@ -47,6 +49,17 @@ def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
         return
     with limits(1, user_api="blas"), concurrent.futures.ThreadPoolExecutor(count) as pool:
         yield pool
+
+
+def share_out(jobs: list[Callable[[], Any]], pool: concurrent.futures.Executor | None) -> list[Any]:
+    """Call all jobs, on the threads of `pool` if there are any, and list their results in order.
+
+    Every job works in a copy of the caller's context, in which NumPy keeps its settings.
+    """
+    if pool is None:
+        return [job() for job in jobs]
+    waiting = [pool.submit(contextvars.copy_context().run, job) for job in jobs]
+    return [future.result() for future in waiting]
 
 
 def cores() -> int:

@@ -1,14 +1,19 @@
 """The benchmark: fair races, honest spreads, and a record that can be drawn. Without PyTorch."""
 
+import contextlib
+import copy
+import importlib
 import json
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from moe_numpy import commands, config, files, tree
+from moe_numpy import commands, config, files, machine, tree
 from moe_numpy.backend import xp
+from moe_numpy.classroom import registry
 from moe_numpy.config import MoEConfig
 from moe_numpy.lab import (
     bench,
@@ -19,7 +24,9 @@ from moe_numpy.lab import (
     plots,
     race,
 )
-from moe_numpy.training import loop
+from moe_numpy.moe import capacity
+from moe_numpy.training import loop, optimizer
+from tests.benchmarks import plain
 
 PLAN = bench.Plan(rounds=2, threads=1, quick=True, torch=False)
 SPREAD = {"median", "low", "high"}
@@ -40,7 +47,7 @@ bench_process.serve(build)
 
 def layer(**changes):
     moe = config.to_dict(MoEConfig(num_experts=4, top_k=2, hidden=8))
-    worker = bench.ours("layer", PLAN, moe=moe, width=16, tokens=32)
+    worker = bench.ours("layer", PLAN, moe=moe, width=16, tokens=32, parts=1)
     return worker._replace(spec=worker.spec | changes)
 
 
@@ -51,9 +58,9 @@ def rival(plant):
     )
 
 
-def run_of(name):
+def run_of(name, shards=1):
     cfg = bench.models(quick=True)[name]
-    return loop.new_run(bench_work.text(cfg.vocab_size), cfg, bench_work.training(50))
+    return loop.new_run(bench_work.text(cfg.vocab_size), cfg, bench_work.training(50, shards))
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -138,6 +145,18 @@ def test_every_matrix_product_of_a_step_is_noted(monkeypatch):
     assert counts == {"dense": 27, "MoE": 72, "Mixtral": 96}
 
 
+def test_the_products_of_two_shards_are_replayed_on_two_threads():
+    run = run_of("dense", shards=2)
+    together = threading.Barrier(2)  # so that no thread takes both shards
+    with ThreadPoolExecutor(2, initializer=together.wait) as pool:
+        products = bench_products.products_of_step(run, pool)
+        found = bench_products.measure(run, pool, 1)
+    alone = bench_products.products_of_step(run_of("dense"))
+    assert len({thread for thread, *_ in products}) == 2 and len(products) == 2 * len(alone)
+    assert bench_products.flops(products) == bench_products.flops(alone)
+    assert found["probe_flops"] == 2 * 2 * bench_products.PROBE**3
+
+
 def test_the_replay_computes_the_same_products_each_in_its_thread(monkeypatch):
     rng, threads = np.random.default_rng(0), set()
     multiply = bench_products._multiply
@@ -180,12 +199,264 @@ def test_the_bytes_are_counted_once_each():
     assert 2 * hidden < found["activations"] < 40 * hidden
 
 
+def test_every_shard_has_gradients_of_its_own():
+    whole, halves = (bench_products.bytes_of(run_of("MoE", shards)) for shards in (1, 2))
+    assert halves.pop("gradients") == 2 * whole.pop("gradients") and halves == whole
+
+
 def test_large_gradients_are_sketched_and_a_wrong_one_is_still_seen():
     gradient = np.random.default_rng(0).standard_normal((3, 600, 700))
     short = bench_process.sketch("w", gradient)
     assert short.shape == (3, 600) and bench_process.sketch("w", gradient[0, :2]).shape == (2, 700)
     gradient[1, 5, 6] += 5.0
     assert np.abs(bench_process.sketch("w", gradient) - short).max() > 1e-3 * np.abs(short).max()
+
+
+# -------------------------------------------------------------------------------------------- parts
+@contextlib.contextmanager
+def no_settling():
+    """Let the works of this process share no thread pool, and no setting of its memory."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(bench_work, "_settle", lambda parts: pool if parts > 1 else None)
+        yield
+
+
+def works(kind, parts):
+    spec = {"width": 16, "tokens": 32, "parts": parts, "hidden": 8, "repeats": 1}
+    moe = config.to_dict(MoEConfig(num_experts=4, top_k=2, hidden=8))
+    run = {name: config.to_dict(value) for name, value in run_settings(parts).items()}
+    return bench_work.build(spec | {"work": kind, "moe": moe} | run)
+
+
+def run_settings(parts):
+    training = bench_work.training(50, parts)
+    return {"config": bench.models(quick=True)["Mixtral"], "training": training}
+
+
+@pytest.mark.parametrize("kind", ["layer", "mlp", "step"])
+def test_two_parts_compute_the_function_of_the_whole(kind):
+    with no_settling():
+        whole, halves = (works(kind, parts).values() for parts in (1, 2))
+        assert whole.keys() == halves.keys()
+        for name, value in whole.items():
+            error = np.abs(value - halves[name]).max()
+            assert error <= 1e-5 * max(np.abs(value).max(), 1e-3), name
+
+
+def test_a_worker_keeps_its_memory_and_starts_a_thread_for_each_part(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "keep_memory", lambda: asked.append("memory"))
+    monkeypatch.setattr(machine, "workers", lambda n: asked.append(n) or contextlib.nullcontext())
+    for kind in ("step", "layer", "mlp"):
+        works(kind, 2)
+    assert asked == ["memory", 2] * 3
+
+
+def test_tokens_are_split_where_an_expert_has_many():
+    plan = PLAN._replace(threads=2)
+    few, many = (MoEConfig(num_experts=E, top_k=2, hidden=8) for E in (8, 1024))
+    assert [bench._parts(plan, moe, 1024) for moe in (few, many)] == [2, 1]
+    assert PLAN._replace(threads=5).shards == 1 and PLAN._replace(threads=4).shards == 4
+
+
+# ---------------------------------------------------------------------------------- steps of speed
+def _case(name, rng, dtype):
+    """Draw the arguments of a forward and the upstream of its backward, or those of a reduction."""
+    draw = lambda *shape: 3.0 * rng.standard_normal(shape).astype(dtype)  # noqa: E731
+    if name == "dispatch":
+        expert_NK = rng.permuted(np.tile(np.arange(4), (9, 1)), axis=1)[:, :2]
+        limit = config.Capacity(factor=0.7)
+        scores = draw(9, 4)
+        _, plan = capacity.make_plan(expert_NK, scores, scores, limit)
+        assert plan.offsets[-1] < 18  # some are dropped
+        return (draw(9, 5), plan), draw(plan.offsets[-1], 5)
+    if name == "grouped_linear":
+        return (draw(9, 5), draw(4, 5, 3), (0, 4, 4, 6, 9)), draw(9, 3)
+    if name == "dots":
+        return (draw(3, 7, 5), draw(3, 7, 5)), None
+    return (draw(3, 7, 5),), draw(3, 7, 5)
+
+
+TWINS = [(name, twin) for twins in plain.TWINS.values() for name, twin in twins.items()]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(("name", "twin"), TWINS)
+def test_a_fast_function_equals_its_plain_twin(name, twin, dtype):
+    kind, _, half = name.rpartition("_")
+    given, upstream = _case(kind if half in ("forward", "backward") else name, RNG(), dtype)
+    if half == "backward":
+        pair = registry.pair(kind)
+        own = dict(TWINS).get(f"{kind}_forward", pair.forward)
+        found = [pair.backward(upstream, pair.forward(*given)[-1])]
+        judge = [twin(upstream, own(*given)[-1])]
+        found, judge = ([*x[0]] if isinstance(x[0], tuple) else x for x in (found, judge))
+    else:
+        [home] = registry._homes(registry.PACKAGES)[name]
+        found, judge = ([f(*given)] for f in (getattr(home, name), twin))
+        if half == "forward":
+            found, judge = [found[0][0]], [judge[0][0]]
+    for a, b in zip(found, judge, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype == dtype
+        limit = {"float64": 1e-12, "float32": 1e-6}[dtype]
+        assert np.abs(a - b).max() <= limit * np.abs(b).max()
+
+
+def RNG():  # noqa: N802
+    return np.random.default_rng(3)
+
+
+def test_what_a_step_takes_back_is_there_to_be_taken_back():
+    assert isinstance(optimizer.BLOCK, int)
+    assert plain.TWINS.keys() | {"memory", "shards", "float32", "blocks"} == bench.STEPS.keys()
+    worker = bench.ABLATION_WORKER.read_text("utf-8")
+    assert all(f'"{step}"' in worker for step in bench.STEPS.keys() - plain.TWINS.keys())
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """Load the worker of the ablations; what it takes back is put in place again after the test."""
+    monkeypatch.syspath_prepend(bench.ABLATION_WORKER.parent)
+    for module, name in ((machine, "keep_memory"), (optimizer, "BLOCK"), (loop, "new_run")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(bench_work, "build", lambda spec: spec)
+    module = importlib.import_module("ablation_worker")
+    yield module
+    module.until_the_end.close()
+
+
+@pytest.mark.parametrize("step", plain.TWINS)
+def test_the_twins_of_a_step_take_the_place_of_its_functions(worker, step):
+    assert worker.build({"without": step}) == {"without": step}
+    for name in plain.TWINS[step]:
+        [home] = registry._homes(registry.PACKAGES)[name]
+        assert getattr(home, name) is worker.TWINS[step][name]
+
+
+def test_the_settings_of_a_step_are_taken_back(worker):
+    mallopt = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine.ctypes, "CDLL", lambda name: mallopt.append(name))
+        worker.build({"without": "memory"})
+        machine.keep_memory()
+    assert not mallopt
+    assert worker.build({"without": "shards", "training": {"shards": 2}})["training"]["shards"] == 1
+    worker.build({"without": "blocks"})
+    assert optimizer.BLOCK > 1 << 40
+    worker.build({"without": "float32"})
+    assert run_of("dense").params.token_VC.dtype == "float64"
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("steps")
+    arguments = ["bench", "--quick", "--rounds", "1", "--threads", "2", "--only", "steps"]
+    two = {name: cfg for name, cfg in bench.models(quick=True).items() if name != "Mixtral"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "models", lambda quick: two)
+        assert commands.main([*arguments, "--out", str(folder)]) == 0
+    assert (folder / "speed_steps.png").stat().st_size > 10_000
+    assert not (folder / "speed.json").exists()
+    return files.read_json(folder / "speed_steps.json")
+
+
+def test_the_record_of_the_steps_has_each_for_the_models_that_it_concerns(steps):
+    assert steps["study"] == "speed_steps" and "verdicts" not in steps
+    found = {row["name"]: row for row in steps["rows"]}
+    both = [step for step in bench.STEPS if step not in bench.EXPERTS_ONLY]
+    assert found["dense"]["steps"] == both
+    assert found["MoE"]["steps"] == list(bench.STEPS)
+    for row in steps["rows"]:
+        assert len(row["sides"]) == 1 + len(row["steps"]) and row["shards"] == 2
+        assert 0 < row["difference"] < race.TOLERANCE  # no step is without any effect
+    assert bench_report.gain(found["dense"], "slices") is None
+    assert bench_report.gain(found["MoE"], "slices") == found["MoE"]["sides"][-1]["ratio"]
+
+
+def test_the_steps_can_be_read_and_drawn(steps):
+    lines = bench_report.steps_table(steps).splitlines()
+    assert [line[:6] for line in lines[3:]] == [label[:6] for label in bench.STEPS.values()]
+    assert len(plots.draw(steps, "speed_steps.json").axes) == 1
+
+
+# ----------------------------------------------------------------------------------------- verdicts
+def measured(**changes):
+    """Make a record of two threads that meets every aim exactly, but for `changes`."""
+    at = {"eager": 1.05, "hf": 1.35, "fused": 1.1, "loop": 1.3, "sorted": 1.1, "batched": 1.2}
+    at |= {"layer": 0.9, "many": 2.2, "growth": 7.0, "overhead": 1.15, "written": 8.0, "late": 1.25}
+    at |= {"over": 1.6, "peak": 0.4} | changes
+
+    def sides(**rivals):
+        own = {"name": "moe_numpy", "milliseconds": {"median": 2.0}, "ratio": None, "peak": 100}
+        spreads = {n: {"median": r, "low": r - 0.2, "high": r + 0.2} for n, r in rivals.items()}
+        others = [
+            own | {"name": n, "ratio": r, "peak": 100 / at["peak"]} for n, r in spreads.items()
+        ]
+        return {"sides": [own, *others], "rounds": 7}
+
+    def step(name, **rivals):
+        over = {"step_over_products": {"median": at["over"]}}
+        return {"row": "step", "name": name, **sides(**rivals), "products": over}
+
+    def layer(name, E, ratio):
+        row = {"row": "layer", "name": name, "experts": E, "top_k": 2, **sides(a=9.0, b=ratio)}
+        return copy.deepcopy(row)
+
+    torch = "PyTorch, "
+    moe = {"textbook loop": at["loop"], "sorted rows": at["sorted"], "batched": at["batched"]}
+    rows = [
+        step("dense", **{"PyTorch eager": at["eager"]}),
+        step("MoE", **{torch + name: ratio for name, ratio in moe.items()}),
+        step("Mixtral", **{"Transformers eager": at["hf"], "grouped, fused": at["fused"]}),
+        *(layer("wide", E, at["layer"]) for E in (2, 8, 32)),
+        *(layer("wide", E, at["many"]) for E in (128, 1024)),
+        *(layer("fine-grained", E, 1.0) for E in (8, 1024)),
+        {"row": "overhead", "name": "overhead", **sides(experts=at["overhead"])},
+        {"row": "generation", "name": "Mixtral", **sides(generate=at["written"])},
+    ]
+    rows[-3]["sides"][0]["milliseconds"]["median"] = 2.0 * at["growth"]
+    rows[-1]["by_length"] = [9.0] * 4 + [1.0] * 28 + [at["late"]] * 28
+    return {"quick": False, "threads": 2, "rows": rows}
+
+
+def test_every_aim_that_is_just_reached_is_met():
+    found = bench_report.verdicts(measured())
+    assert {verdict.line for verdict in found} == set(range(1, 9))
+    assert all(verdict.met is True for verdict in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "count"),
+    [
+        ({"eager": 1.04}, 1, 1),
+        ({"hf": 1.34}, 2, 1),
+        ({"fused": 1.09}, 2, 1),
+        ({"loop": 1.29}, 3, 1),
+        ({"batched": 1.09}, 3, 1),
+        ({"layer": 0.79}, 4, 3),
+        ({"many": 2.19}, 4, 2),
+        ({"growth": 7.01}, 4, 1),
+        ({"overhead": 1.16}, 5, 1),
+        ({"written": 7.99}, 6, 1),
+        ({"late": 1.26}, 6, 1),
+        ({"over": 1.61}, 7, 3),
+        ({"peak": 0.41}, 8, 3),
+    ],
+)
+def test_an_aim_that_is_just_missed_is_not_met(change, line, count):
+    missed = [v for v in bench_report.verdicts(measured(**change)) if v.met is not True]
+    assert [v.line for v in missed] == [line] * count
+    assert all("NOT MET" in bench_report.verdict_line(v) for v in missed)
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed():
+    record = measured()
+    for row in record["rows"]:
+        row["sides"] = row["sides"][:1] if row["row"] != "overhead" else row["sides"]
+    found = {v.line: v.met for v in bench_report.verdicts(record) if v.met is None}
+    assert found.keys() == {1, 2, 3, 4, 6, 8}
+    assert bench_report.verdicts(record | {"quick": True}) == []
+    assert bench_report.verdicts(record | {"threads": 1}) == []
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -196,6 +467,7 @@ def record(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "why_alone", lambda: "not in this test")
         arguments = ["bench", "--quick", "--rounds", "2", "--threads", "1", "--out", str(folder)]
+        patch.setattr(bench, "ABLATION_WORKER", folder / "not in this test either")
         assert commands.main(arguments) == 0
     assert (folder / "speed.png").stat().st_size > 10_000
     return files.read_json(folder / "speed.json")
@@ -203,7 +475,7 @@ def record(tmp_path_factory):
 
 def test_the_record_has_every_row_with_its_fields(record):
     assert record["study"] == "speed" and record["quick"] and record["threads"] == 1
-    assert {row["row"] for row in record["rows"]} == set(bench.MEASURES)
+    assert {row["row"] for row in record["rows"]} == set(bench.MEASURES) - {"steps"}
     for row in record["rows"]:
         assert row["sides"][0]["milliseconds"].keys() == SPREAD, row["name"]
     steps = [row for row in record["rows"] if row["row"] == "step"]
@@ -227,7 +499,7 @@ def test_the_record_tells_the_machine_and_no_path_of_it(record):
 
 
 def test_the_record_can_be_drawn_and_read(record):
-    assert len(plots.draw(record, "speed.json").axes) == 4
+    assert len(plots.draw(record, "speed.json").axes) == 6
     lines = bench_report.table(record)
     assert "tokens a second" in lines and "times its products" in lines
 
@@ -240,6 +512,9 @@ def test_rivals_are_drawn_beside_ours(record):
     left = plots.draw(found, "speed.json").axes[0]
     assert len(left.get_yticks()) == 4 and "rival" in left.get_yticklabels()[0].get_text()
     assert "1.40 (1.10 to 1.60)" in bench_report.table(found)
+    lines = bench_report.summary(found).splitlines()
+    assert len(lines) == 2 + 4 and lines[-1].startswith("| generation, Mixtral, 1 thread: rival |")
+    assert all("| 1.40 (1.10 to 1.60) |" in line for line in lines[2:])
 
 
 def test_one_kind_of_row_can_be_asked_for(tmp_path, capsys):

@@ -59,6 +59,17 @@ def test_places_are_given_as_in_the_queue_of_the_judge_even_with_ties(overflow, 
     assert (moved > 0) == (overflow == "next_best" and K < 4)
 
 
+@pytest.mark.parametrize("limit", [None, Capacity(factor=1e5)])
+@pytest.mark.parametrize("E", [2**16 - 1, 2**16, 2**16 + 2])
+def test_more_experts_than_16_bits_can_number_are_sorted_all_the_same(E, limit):
+    wished_NK = np.array([[E - 1, 0], [1, E - 2], [0, E - 1]])
+    prob_NE = np.full((3, E), 1 / E)
+    expert_NK, plan = capacity.make_plan(wished_NK, prob_NE, prob_NE, limit)
+    assert expert_NK.reshape(-1)[plan.choice_R].tolist() == [0, 0, 1, E - 2, E - 1, E - 1]
+    assert plan.choice_R.tolist() == [1, 4, 2, 3, 0, 5]
+    assert plan.offsets[:3] == (0, 2, 3) and plan.offsets[-3:] == (3, 4, 6)
+
+
 def test_score_order_serves_the_surest_choice_first():
     # One place with each of two experts; both tokens want 0, then 1. Token 1 is surer of expert 0.
     wished_NK = np.array([[0, 1], [0, 1]])

@@ -4,6 +4,7 @@ Also: what a step costs in waits for the device, and that mistakes against CuPy 
 """
 
 import collections
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -17,18 +18,25 @@ import pytest
 import strict_cupy
 import tiny
 
-from moe_numpy import backend, tree
+from moe_numpy import backend, presets, tree
 from moe_numpy.backend import to_device, to_host, xp
 from moe_numpy.classroom import cases, registry
 from moe_numpy.config import (
     SGD,
     AdamW,
+    Assignment,
     Capacity,
+    ExpertChoice,
     GaussianNoise,
+    GroupLimited,
+    Hierarchy,
     ImportanceLoss,
     InputJitter,
     LearnedNoise,
     LoadLoss,
+    SecondExpert,
+    Sinkhorn,
+    SoftSlots,
     SwitchLoss,
     ZLoss,
 )
@@ -204,6 +212,43 @@ def test_training_gives_the_bits_of_numpy(cfg, optimizer):
     assert tiny.same_run(brought_home(run), train(cfg, dtype, optimizer=optimizer, smoothing=0.1))
 
 
+def preset(name):
+    """Take a named system at laptop size, on short sequences."""
+    cfg = presets.tiny(name, tiny.corpus().vocab_size)
+    return dataclasses.replace(cfg, context=40)  # two of them: more than a routing group of 64
+
+
+@pytest.mark.usefixtures("same_products")
+@pytest.mark.parametrize("name", [name for name in presets.names() if presets.tiny(name).causal])
+def test_a_step_of_a_named_system_gives_the_bits_of_numpy(name):
+    runs = []
+    for context in (contextlib.nullcontext(), strict_cupy.device()):
+        with context:
+            runs.append(run_of(preset(name)))
+            loop.take_step(runs[-1])
+    assert tiny.same_run(brought_home(runs[1]), runs[0])
+
+
+@pytest.mark.usefixtures("same_products")
+@pytest.mark.parametrize("name", ["expert_choice", "soft_moe"])
+def test_the_gradients_of_an_encoder_have_the_bits_of_numpy(name):
+    found = []
+    for context in (contextlib.nullcontext(), strict_cupy.device()):
+        with context:
+            found.append(gradients(preset(name)))
+    assert not preset(name).causal
+    assert_same(found[0], found[1], name)
+
+
+def gradients(cfg):
+    rng = np.random.default_rng(6)
+    token_BT, target_BT = rng.integers(0, cfg.vocab_size, (2, 2, cfg.context))
+    params = loop.model.init_model(rng, cfg)
+    batch = (to_device(token_BT), to_device(target_BT))
+    loss, _, cache = loop.model.loss_forward(*batch, params, cfg)
+    return loss, loop.model.loss_backward(xp.ones_like(loss), cache)
+
+
 def test_training_with_padded_experts_equals_numpys_to_rounding():
     cfg = MODELS["drop by token, gated experts, a dense layer"]
     with strict_cupy.device():
@@ -274,6 +319,30 @@ def test_a_step_brings_values_to_the_host_once_a_layer_and_once_at_its_end(limit
     routing = "_serve_next_best" if limit == "next best" else "_plan"
     seen = waits(crossings, hidden=False)
     assert seen == {("get", routing): 2, ("get", "take_step"): 1}  # two MoE layers
+
+
+SELECTIONS = {  # what every layer brings to the host
+    "second expert": (SecondExpert(), {"_plan": 1}),
+    "group-limited": (GroupLimited(groups=2, kept=1), {"_plan": 1}),
+    "hierarchy": (Hierarchy(groups=2, kept=1), {"_plan": 1}),
+    "assignment": (Assignment(), {"balanced_assignment": 1, "_plan": 1}),
+    "Sinkhorn, 3 rounds": (Sinkhorn(tolerance=1e-30, most=3), {"sinkhorn": 3, "_plan": 1}),
+    "expert choice": (ExpertChoice(), {"expert_choice": 1, "_plan": 1}),
+    "soft slots": (SoftSlots(), {}),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_selection_brings_to_the_host_what_it_says(name):
+    selection, each_layer = SELECTIONS[name]
+    top_k = {Assignment: 1, SoftSlots: 4}.get(type(selection), 2)
+    causal = not isinstance(selection, ExpertChoice | SoftSlots)
+    moe_cfg = tiny.moe(selection=selection, top_k=top_k)
+    cfg = tiny.model(moe_cfg, causal=causal)
+    with strict_cupy.device() as crossings:
+        gradients(cfg)
+    layers = {("get", function): 2 * times for function, times in each_layer.items()}
+    assert waits(crossings, hidden=False) == layers
 
 
 def test_the_waits_that_hand_no_value_over_are_known():

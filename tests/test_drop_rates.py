@@ -76,10 +76,12 @@ def test_plans_for_uniform_random_routing_drop_at_that_rate(
     places = cfg.places(tokens, 1, experts)
     expected = expected_drop_rate(tokens, experts, places)
     rng = np.random.default_rng([tokens, experts, int(100 * factor)])
-    rates = []
+    score_NE, rates = np.zeros((tokens, experts)), []
     for _ in range(batches):
-        score_NE = rng.random((tokens, experts))
-        wished_NK = score_NE.argmax(1)[:, None]
+        wished_NK = rng.integers(0, experts, (tokens, 1))
+        if overflow == "next_best":
+            score_NE = rng.random((tokens, experts))
+            wished_NK = score_NE.argmax(1)[:, None]
         _, plan = capacity.make_plan(wished_NK, score_NE, score_NE, cfg)
         rates.append(1.0 - plan.token_R.size / tokens)
     if overflow == "next_best":

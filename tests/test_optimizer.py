@@ -142,6 +142,48 @@ def test_biases_of_heads_and_experts_do_not_decay_although_they_have_two_axes():
     assert not spared & {"q_CHD", "in_ECF", "out_EFC", "w_CE", "token_VC", "head_CV"}
 
 
+class Experts(NamedTuple):
+    in_ECF: np.ndarray
+    out_EC: np.ndarray
+    w_CE: np.ndarray
+
+
+def lazy(p, gradients, idle, cfg, decays):
+    """Follow one number through AdamW that does nothing in the steps in which it is idle."""
+    m = v = 0.0
+    for t, (g, rate) in enumerate(zip(gradients, RATES, strict=True), start=1):
+        if idle[t - 1]:
+            continue
+        m = cfg.beta1 * m + (1 - cfg.beta1) * g
+        v = cfg.beta2 * v + (1 - cfg.beta2) * g * g
+        size = math.sqrt(v / (1 - cfg.beta2**t)) + cfg.eps
+        decay = cfg.weight_decay if decays else 0.0
+        p = p - rate * (m / (1 - cfg.beta1**t) / size + decay * p)
+    return p
+
+
+def test_idle_experts_may_be_skipped_and_nobody_else():
+    rng, cfg = np.random.default_rng(7), AdamW(weight_decay=0.3, skip_idle=True)
+    shapes = Experts((3, 2, 4), (3, 2), (2, 3))
+    start = Experts(*map(rng.standard_normal, shapes))
+    gradients = [Experts(*map(rng.standard_normal, shapes)) for _ in RATES]
+    for step, expert in ((0, 1), (2, 1), (2, 2), (4, 0)):
+        for leaf in gradients[step][:2]:
+            leaf[expert] = 0.0
+    gradients[1].in_ECF[0, 0] = 0.0  # a part of an expert with work
+    gradients[3].w_CE[:] = 0.0  # not an expert's
+    params, _ = optimize(start, gradients, cfg)
+    plain, _ = optimize(start, gradients, AdamW(weight_decay=0.3))
+    for name in ("in_ECF", "out_EC"):
+        for place, begin in np.ndenumerate(getattr(start, name)):
+            idle = [not getattr(g, name)[place[0]].any() for g in gradients]
+            history = [getattr(g, name)[place] for g in gradients]
+            expected = lazy(begin, history, idle, cfg, decays=name == "in_ECF")
+            assert getattr(params, name)[place] == pytest.approx(expected, rel=1e-11)
+    assert not np.isclose(params.in_ECF, plain.in_ECF).any()  # each of the three was idle once
+    assert tiny.same_bits(params.w_CE, plain.w_CE)
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_the_first_step_of_adamw_is_the_rate_whatever_the_size_of_the_gradient(size):
     start = np.zeros((2, 2))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_numpy import files
-from moe_numpy.lab import collapse, plots
+from moe_numpy import files, presets
+from moe_numpy.lab import collapse, plots, systems
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -59,6 +59,38 @@ def test_what_the_text_says_of_the_collapse_study_holds_in_its_record():
     clean = {name: sum(layers(name, "effective_experts_clean")) for name in found}
     assert max(clean, key=clean.get) == "Switch loss"
     assert all(mean_loss(name) > mean_loss("no cure") for name in found if name != "no cure")
+
+
+@pytest.fixture(scope="module")
+def systems_record():
+    if not (ROOT / "figures" / "systems.json").exists():
+        pytest.skip("the systems have not been trained yet: python -m moe_numpy systems --train")
+    return record("systems")
+
+
+def test_the_table_of_the_systems_is_that_of_the_record(systems_record):
+    section = README.split("## The systems of the literature")[1].split("\n## ")[0]
+    [shown] = re.findall(r"```text\n(.*?)\n```", section, flags=re.S)
+    assert shown == systems.table(systems_record)
+
+
+def test_what_the_text_says_of_the_systems_holds_in_the_record(systems_record):
+    found = {system["name"]: system["runs"] for system in systems_record["systems"]}
+    experts = {system["name"]: system["num_experts"] for system in systems_record["systems"]}
+    decoders = [name for name in presets.names() if presets.tiny(name).causal]
+    assert list(found) == decoders
+    assert set(presets.names()) - set(decoders) == {"expert_choice", "soft_moe"}
+    assert systems_record["settings"]["seeds"] == [0, 1, 2]
+    worst = max(run["validation_loss"] for runs in found.values() for run in runs)
+    assert worst < systems_record["references"]["2-gram"]
+    even = {
+        name
+        for name, runs in found.items()
+        if min(min(run["effective_experts"]) for run in runs) > (1.0 - 1e-9) * experts[name]
+    }
+    assert even == {"jacobs1991", "base"}
+    dropping = {name for name, runs in found.items() if any(r["drop_rate"] for r in runs)}
+    assert dropping == {"gshard", "switch", "openmoe_8b", "vmoe", "st_moe"}
 
 
 def test_the_shakespeare_runs_were_trained_as_the_text_says():

@@ -187,11 +187,14 @@ def test_normalized_queries_do_not_feel_how_large_they_were(kind):
 
 
 def test_a_norm_without_gain_may_stand_before_the_rotation_or_after_it():
-    x_BHTD, position_T = np.random.default_rng(0).standard_normal((2, 3, 5, 4)), np.arange(5)
-    turned, _ = rotary.rotary_forward(x_BHTD, position_T)
+    x_BHTD, turns = (
+        np.random.default_rng(0).standard_normal((2, 3, 5, 4)),
+        rotary.turns(np.arange(5), 4),
+    )
+    turned, _ = rotary.rotary_forward(x_BHTD, *turns)
     after, _ = attention.qk_norm_forward(turned, None, "l2", 0.1)
     normed, _ = attention.qk_norm_forward(x_BHTD, None, "l2", 0.1)
-    close(rotary.rotary_forward(normed, position_T)[0], after)
+    close(rotary.rotary_forward(normed, *turns)[0], after)
 
 
 def test_optional_parameters_start_without_effect_and_have_the_sizes_of_the_heads():
@@ -210,19 +213,19 @@ def test_optional_parameters_start_without_effect_and_have_the_sizes_of_the_head
 
 
 def test_rotary_turns_keep_lengths_and_depend_on_the_distance_only():
-    rng = np.random.default_rng(0)
-    q, k = rng.standard_normal((2, 1, 6))
+    def turn(x, position):
+        return rotary.rotary_forward(x, *rotary.turns(np.array([position]), 6))[0]
+
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 6))
     scores = []
     for shift in (0, 1, 17):
-        q_turned, _ = rotary.rotary_forward(q, np.array([5 + shift]))
-        k_turned, _ = rotary.rotary_forward(k, np.array([2 + shift]))
+        q_turned, k_turned = turn(q, 5 + shift), turn(k, 2 + shift)
         scores.append(q_turned[0] @ k_turned[0])
         close(np.linalg.norm(q_turned), np.linalg.norm(q))
         close(q_turned[0], oracles.turn(q[0].tolist(), 5 + shift))
     close(scores, scores[0])
-    elsewhere, _ = rotary.rotary_forward(k, np.array([3]))
-    assert abs(rotary.rotary_forward(q, np.array([5]))[0][0] @ elsewhere[0] - scores[0]) > 1e-3
-    close(rotary.rotary_forward(q, np.array([0]))[0], q)
+    assert abs(turn(q, 5)[0] @ turn(k, 3)[0] - scores[0]) > 1e-3
+    close(turn(q, 0), q)
 
 
 # ------------------------------------------------------------------------------------- the model

@@ -68,10 +68,8 @@ def _gates(rng: Generator) -> list[Case]:
     def case(score: str, weights: str) -> Case:
         limit = TIGHT if weights == "renormalized_kept" else None
         cfg = moe_config(score=score, gate_weights=weights, gate_scale=1.7, capacity=limit)
-        from_logits = score == "softmax" and weights != "raw"
-        args = (rng.normal(size=(N, E)), rng.random((N, E)) + 0.1, chosen(rng))
-        idle = frozenset({"score_NE" if from_logits else "logit_NE"})
-        return Case(f"{score}, {weights}", (*args, rng.random((N, K)) < 0.8, cfg), zero=idle)
+        args = (rng.random((N, E)) + 0.1, chosen(rng), rng.random((N, K)) < 0.8, cfg)
+        return Case(f"{score}, {weights}", args)
 
     return [case(score, weights) for score in SCORES for weights in WEIGHTS]
 
@@ -192,14 +190,20 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-ROUTES = {  # checked without their experts too
-    "learned noise, all terms, drops",
-    "fixed noise, bias, next best",
-    "sigmoid, bias rule, groups, shared",
+ROUTES = {  # whose experts are nothing new: checked without them
+    "all experts",
+    "learned noise, all terms, drops",  # and with them
+    "fixed noise, load",
+    "jitter, next best by score",
     "second expert drawn, places in groups",
+    "second expert by threshold, noise",
+    "drop, then renormalize",
+    "balanced assignment",
+    "Sinkhorn",
     "expert choice, renormalized",
     "probabilities balanced",
 }
+LAYER_TOO = {"learned noise, all terms, drops"}
 
 
 def _cases(part: Callable) -> Callable[[Generator], list[Case]]:
@@ -210,7 +214,8 @@ def _cases(part: Callable) -> Callable[[Generator], list[Case]]:
         found = []
         for name, changes in LAYERS.items():
             cfg = moe_config(**changes)
-            if part is not _whole and name not in ROUTES:
+            whole = name not in ROUTES or name in LAYER_TOO
+            if not (whole if part is _whole else name in ROUTES):
                 continue
             params = generic(rng, layer.init_moe(rng, cfg, C, "float64"))
             noise = router.draw_noise(rng, cfg, N, C, "float64")

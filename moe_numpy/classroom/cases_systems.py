@@ -11,7 +11,6 @@ from numpy.random import Generator
 from moe_numpy.classroom.contract import Case
 from moe_numpy.classroom.sizes import C, E, F, N, V, generic
 from moe_numpy.config import (
-    ACTIVATIONS,
     Capacity,
     GaussianNoise,
     Hierarchy,
@@ -124,9 +123,14 @@ def _route(rng: Generator) -> list[Case]:
     learned = {"noise": LearnedNoise(), "balance": ALL_TERMS}
     one = {"top_k": 2, "balance": (ImportanceLoss(of="probabilities"), ZLoss(weight=0.3))}
     return [
-        case("learned noise, all terms, scaled", LEAVES + G, gate_scale=2.5, **learned),
+        case(
+            "learned noise, all terms, scaled, drops",
+            LEAVES + G,
+            gate_scale=2.5,
+            capacity=Capacity(factor=0.7),
+            **learned,
+        ),
         case("learned noise, at evaluation", **learned),
-        case("drops", LEAVES + G, capacity=Capacity(factor=0.7), **learned),
         case(
             "fixed noise, next best by score",
             LEAVES + G,
@@ -155,7 +159,7 @@ def _shared(rng: Generator) -> list[Case]:
         name = f"{kind}, gated" if gated else kind
         return Case(name, (rng.normal(size=(N, C)), params, cfg))
 
-    return [case(kind, gated) for kind in ACTIVATIONS for gated in (False, True)]
+    return [case("gelu_tanh", False), *(case(kind, True) for kind in ("relu", "swiglu3"))]
 
 
 # -------------------------------------------------------------------------------------------- 1991

@@ -16,6 +16,7 @@ from moe_numpy.classroom.cases_routing import ALL_TERMS, moe_config
 from moe_numpy.classroom.contract import Case
 from moe_numpy.classroom.sizes import B, C, E, N, T, V, generic
 from moe_numpy.config import Capacity, LearnedNoise, ModelConfig, SwitchLoss
+from moe_numpy.ops import rotary
 from moe_numpy.transformer import attention, block, model
 
 H, D = 3, 2
@@ -42,10 +43,13 @@ def _normalize(rng: Generator) -> list[Case]:
 
 
 def _rotary(rng: Generator) -> list[Case]:
-    return [
-        Case("", (rng.normal(size=(B, 3, T, 6)), np.arange(2, 2 + T))),
-        Case("other base", (rng.normal(size=(B, 3, T, 6)), np.arange(T), 7.0)),
-    ]
+    def case(name: str, *knobs: Any) -> Case:
+        turns = rotary.turns(*knobs)
+        return Case(
+            name, (rng.normal(size=(B, 3, T, 6)), *turns), constant=frozenset(("cos", "sin"))
+        )
+
+    return [case("", np.arange(2, 2 + T), 6), case("other base", np.arange(T), 6, 7.0)]
 
 
 def _sink_softmax(rng: Generator) -> list[Case]:
@@ -66,14 +70,15 @@ def _qk_norm(rng: Generator) -> list[Case]:
 
 
 def _scores(rng: Generator) -> list[Case]:
-    q_BHTD, k_BHSD = rng.normal(size=(B, H, T, D)), rng.normal(size=(B, H, T + 2, D))
+    q_BHTD, k_BGSD = rng.normal(size=(B, H, T, D)), rng.normal(size=(B, H, T + 2, D))
     sink_H, extras = rng.normal(size=H), {"scale": 1.3, "cap": 0.9}
     return [
-        Case("all positions", (q_BHTD, k_BHSD[:, :, :T])),
-        Case("after two earlier positions", (q_BHTD, k_BHSD)),
-        Case("sinks", (q_BHTD, k_BHSD, sink_H)),
-        Case("cap and scale", (q_BHTD, k_BHSD), extras),
-        Case("sinks, cap and scale, not causal", (q_BHTD, k_BHSD, sink_H, 1.3, 0.9, False)),
+        Case("all positions", (q_BHTD, k_BGSD[:, :, :T])),
+        Case("after two earlier positions", (q_BHTD, k_BGSD)),
+        Case("shared keys", (q_BHTD, rng.normal(size=(B, 1, T + 1, D)))),
+        Case("sinks", (q_BHTD, k_BGSD, sink_H)),
+        Case("cap and scale", (q_BHTD, k_BGSD), extras),
+        Case("sinks, cap and scale, not causal", (q_BHTD, k_BGSD, sink_H, 1.3, 0.9, False)),
     ]
 
 
@@ -101,12 +106,6 @@ ATTENTION = {
     "gpt-oss": {**LLAMA, "kv_heads": 2, "head_size": 6, "attention_bias": True, "sinks": True},
     "OpenMoE": {**LLAMA, "attention_scale": 1.0, "head_size": 6},
 }
-MIXTRAL_STYLE = {
-    **LLAMA,
-    "kv_heads": 2,
-    "hidden": None,
-    "moe": moe_config(activation="swiglu", balance=(SwitchLoss(weight=0.5),)),
-}
 NOISY_MIX = {  # a dense layer, then a MoE layer with noise and limits
     "moe_layers": (1,),
     "moe": moe_config(
@@ -128,7 +127,6 @@ OPENMOE_STYLE = {
     "moe": moe_config(gate_weights="raw", balance=(SwitchLoss(weight=0.5),)),
 }
 STYLES = {
-    "Mixtral style": MIXTRAL_STYLE,
     "Grok style": GROK_STYLE,
     "OpenMoE style": OPENMOE_STYLE,
     "extra feed-forward in a sandwich": {**OPENMOE_STYLE, "sandwich": True, "norm": "layernorm"},
@@ -187,12 +185,14 @@ def _whole(with_target: bool) -> Callable[[Generator], list[Case]]:
                 constant=frozenset({"noise"} if noise else ()),
             )
 
-        smoothing = {"smoothing": 0.1} if with_target else {}
+        noisy = case("noise, limits, a dense layer", NOISY_MIX)
+        if with_target:  # what the model makes of its parts is checked without
+            return [case("dense, tied", {"layers": 1}, smoothing=0.1), noisy]
+        scaled = {"layers": 1, "causal": False, "embedding_scale": 0.5, "logit_scale": 3.0}
         return [
-            case("dense, tied", {}, **smoothing),
-            case("noise, limits, a dense layer", NOISY_MIX),
-            case("not causal", {"causal": False, "embedding_scale": 0.5, "logit_scale": 3.0}),
-            *(case(name, style) for name, style in STYLES.items()),
+            case("dense, tied, scaled", scaled),
+            noisy,
+            case("untied, rotary, mean of the layers' losses", OPENMOE_STYLE),
         ]
 
     return build

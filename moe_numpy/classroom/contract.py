@@ -80,10 +80,10 @@ def differentiate(
     upstream = _upstream(result[:-1], outputs, backward)
     given = bits((upstream, result))
     gradients = call("backward", backward, *upstream, _relisted(result[-1]))
-    analytic = _by_leaf(gradients, wanted)
+    analytic = _by_leaf(gradients, wanted, case.zero)
     require(bits((upstream, result)) == given, "backward changed its cache or upstream gradient")
     repeated = call("second backward", backward, *upstream, _relisted(result[-1]))
-    again = _by_leaf(repeated, wanted)
+    again = _by_leaf(repeated, wanted, case.zero)
     require(bits(again) == bits(analytic), "a second backward of one cache gave other gradients")
     repeated = call("forward", forward, *bound.args, **bound.kwargs)
     require(bits(repeated) == remembered, "two forwards of the same arguments differ")
@@ -157,16 +157,20 @@ def _upstream(outs: tuple, outputs: list[tuple], backward: Callable) -> list:
     return list(drawn.values())
 
 
-def _by_leaf(gradients: Any, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
+def _by_leaf(gradients: Any, wanted: dict[str, Any], zero: Iterable[str]) -> dict[str, np.ndarray]:
     """Name a copy of every returned gradient, if all have the form of their arguments.
 
-    None among them stands for an optional argument that the case leaves out.
+    None among them stands for an optional argument that the case leaves out, or for the zero
+    gradients that it names, for all of them.
     """
     gradients = gradients if type(gradients) is tuple else (gradients,)
     gradients = [gradient for gradient in gradients if gradient is not None]
     count, expected = len(gradients), ", ".join(f"d{name}" for name in wanted)
-    require(count == len(wanted), f"backward must return ({expected}), got {count} gradients")
     found: dict[str, np.ndarray] = {}
+    if count < len(wanted):
+        found = {name: np.zeros_like(wanted[name]) for name in wanted if name in zero}
+        wanted = {name: value for name, value in wanted.items() if name not in zero}
+    require(count == len(wanted), f"backward must return ({expected}), got {count} gradients")
 
     def note(leaf: str, array: np.ndarray, gradient: Any) -> None:
         came = (np.shape(gradient), getattr(gradient, "dtype", type(gradient).__name__))

@@ -10,12 +10,21 @@ from moe_numpy.config import rules
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamW:
-    """Adam with decoupled weight decay, none on gains and biases (Loshchilov and Hutter 2019)."""
+    """Adam with decoupled weight decay, none on gains and biases (Loshchilov and Hutter 2019).
+
+    skip_idle  whether a step leaves an expert's array alone if its gradient is zero throughout, as
+               it is without tokens. Its averages then run over the steps in which the expert had
+               work: meanwhile they do not fade, the old momentum does not move the weights, and
+               the weights do not decay. Their start is corrected by the number of all steps: a
+               first step that comes late is (1 - beta1) / sqrt(1 - beta2) times the rate. PyTorch's
+               SparseAdam does the same.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.1
+    skip_idle: bool = False
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -23,6 +32,7 @@ class AdamW:
             rules.require(0 <= came < 1, "AdamW", f"{name} must satisfy 0 <= {name} < 1", came, "")
         rules.require(self.eps > 0, "AdamW", "eps must be positive", self.eps, "Use 1e-8.")
         rules.not_negative("AdamW", "weight_decay", self.weight_decay)
+        rules.instance("AdamW", "skip_idle", self.skip_idle, (bool,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,15 @@
 """The benchmark: how fast the package trains and writes, alone and against PyTorch.
 
 Every row is a race (`race`) of our side against none or more others. PyTorch's sides live in
-`tests/benchmarks` of a checkout and need the extra `bench`; without them our side runs alone.
+`tests/benchmarks` of a checkout and need the extra `bench`; without them our side runs alone. So do
+our own sides with one step of speed taken back, which tell what each step gained.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -21,11 +23,12 @@ import numpy as np
 
 from moe_numpy import config
 from moe_numpy.config import ModelConfig, MoEConfig
-from moe_numpy.lab import bench_work, race
+from moe_numpy.lab import bench_report, bench_work, race
 from moe_numpy.lab.race import Worker
 
 OURS = "moe_numpy"
 TORCH_WORKER = Path(__file__).parents[2] / "tests/benchmarks/torch_worker.py"
+ABLATION_WORKER = TORCH_WORKER.with_name("ablation_worker.py")
 
 
 class Plan(NamedTuple):
@@ -39,8 +42,15 @@ class Plan(NamedTuple):
     @property
     def block(self) -> float:
         """Seconds of a block."""
-        return 0.02 if self.quick else 0.5
+        return 0.02 if self.quick else 0.3
 
+    @property
+    def shards(self) -> int:
+        """Parts that our side splits a batch into: one for each thread, if they are equal parts."""
+        return math.gcd(bench_work.training().batch, self.threads)
+
+
+ROWS_TO_SPLIT = 16  # an expert's rows from which on the tokens of a layer are split over threads
 
 # What PyTorch does in each race: the name of a side, how its experts run, whether AdamW is fused.
 RIVALS = {
@@ -55,6 +65,19 @@ RIVALS = {
         ("Transformers, grouped products, fused AdamW", "grouped_mm", True),
     ),
 }
+
+# What made it fast, and what stands in for it where it is taken back.
+STEPS = {
+    "memory": "memory kept, not given back after every step",
+    "shards": "a shard a thread, not threads in each product",
+    "float32": "float32, not float64",
+    "rows": "sums of rows as products, not NumPy's reductions",
+    "activations": "activations in place, not with temporaries",
+    "blocks": "optimizer in blocks, not whole arrays",
+    "gather": "gather on the way back, not np.add.at",
+    "slices": "slices of sorted rows, not padded batches",
+}
+EXPERTS_ONLY = ("gather", "slices")
 
 
 def models(quick: bool = False) -> dict[str, ModelConfig]:
@@ -80,7 +103,7 @@ def run(plan: Plan, only: tuple[str, ...], report: Callable[[str], Any]) -> dict
     for name, measure in MEASURES.items():
         for row in measure(plan, report) if not only or name in only else ():
             rows.append({"row": name, **row})
-    return {
+    record = {
         "study": "speed",
         "quick": plan.quick,
         "threads": plan.threads,
@@ -88,6 +111,27 @@ def run(plan: Plan, only: tuple[str, ...], report: Callable[[str], Any]) -> dict
         "machine": machine(plan.torch),
         "rows": rows,
     }
+    verdicts = [verdict._asdict() for verdict in bench_report.verdicts(record)]
+    return record | {"verdicts": verdicts}
+
+
+def records(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Split a record into those that are kept, by their names: the steps have one of their own."""
+    common = {name: value for name, value in record.items() if name != "verdicts"}
+    steps = [row for row in record["rows"] if row["row"] == "steps"]
+    races = [row for row in record["rows"] if row["row"] != "steps"]
+    found = {}
+    if races:
+        found["speed"] = record | {"rows": races}
+    if steps:
+        found["speed_steps"] = common | {"study": "speed_steps", "rows": steps}
+    return found
+
+
+def text(record: dict[str, Any]) -> str:
+    """Write a kept record as a table."""
+    tables = {"speed": bench_report.table, "speed_steps": bench_report.steps_table}
+    return tables[record["study"]](record)
 
 
 def why_alone() -> str | None:
@@ -104,6 +148,8 @@ def machine(torch: bool) -> dict[str, Any]:
     """Describe what the numbers were measured on."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     others = ("torch", "transformers") if torch else ()
+    if importlib.util.find_spec("threadpoolctl"):  # without it our threads meet in the products
+        others = ("threadpoolctl", *others)
     versions = {name: metadata.version(name) for name in ("numpy", *others)}
     return {
         "cpu": _cpu(),
@@ -128,9 +174,7 @@ def theirs(name: str, worker: Worker, **spec: Any) -> Worker:
 def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     for name, cfg in models(plan.quick).items():
         report(f"training step, {name}")
-        settings = {"config": cfg, "training": bench_work.training()}
-        spec = {name: config.to_dict(value) for name, value in settings.items()}
-        workers = [ours("step", plan, **spec)]
+        workers = [_our_step(plan, cfg)]
         for label, variant, fused in RIVALS[name] if plan.torch else ():
             workers.append(theirs(label, workers[0], variant=variant, fused=fused))
         found = race.race_all(workers, plan.rounds, plan.block)
@@ -139,10 +183,35 @@ def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
             side["peak"] = told["peak"]
         yield {
             "name": name,
-            "tokens": settings["training"].batch * cfg.context,
+            "tokens": bench_work.training().batch * cfg.context,
+            "shards": plan.shards,
             **found,
             "bytes": facts[0]["bytes"],
             "products": _products(facts[0]["products"]),
+        }
+
+
+def _our_step(plan: Plan, cfg: ModelConfig) -> Worker:
+    training = bench_work.training(shards=plan.shards)
+    return ours("step", plan, config=config.to_dict(cfg), training=config.to_dict(training))
+
+
+def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
+    for name, cfg in models(plan.quick).items() if ABLATION_WORKER.exists() else ():
+        report(f"steps of speed, {name}")
+        whole = _our_step(plan, cfg)
+        workers, steps = [whole], []
+        for step, label in STEPS.items():
+            if (step == "shards" and plan.shards == 1) or (step in EXPERTS_ONLY and not cfg.moe):
+                continue
+            command = (sys.executable, str(ABLATION_WORKER))
+            workers.append(Worker(label, command, whole.spec | {"without": step}))
+            steps.append(step)
+        yield {
+            "name": name,
+            "shards": plan.shards,
+            "steps": steps,
+            **race.race_all(workers, plan.rounds, plan.block),
         }
 
 
@@ -161,35 +230,42 @@ def _products(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layers(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
-    wide, fine = (2, 8, 32, 128, 1024), (8, 64, 256, 1024)
-    sweeps = (("wide", 512, 1024, wide, (1, 2)), ("fine-grained", 64, 4096, fine, (2,)))
+    wide, fine = (2, 8, 32, 128, 1024), (8, 64, 1024)
+    sweeps = [("wide", 512, 1024, wide, 2), ("wide", 512, 1024, wide, 1)]
+    sweeps += [("fine-grained", 64, 4096, fine, 2)]
     if plan.quick:
-        sweeps = (("wide", 32, 64, (2, 8), (2,)),)
-    for name, hidden, tokens, sizes, choices in sweeps:
+        sweeps = [("wide", 32, 64, (2, 8), 2)]
+    for name, hidden, tokens, sizes, k in sweeps:
         for E in sizes:
-            for k in choices:
-                report(f"MoE layer, {name}: {E} experts, top-{k}")
-                yield _layer(plan, name, MoEConfig(num_experts=E, top_k=k, hidden=hidden), tokens)
+            report(f"MoE layer, {name}: {E} experts, top-{k}")
+            yield _layer(plan, name, MoEConfig(num_experts=E, top_k=k, hidden=hidden), tokens)
 
 
 def _layer(plan: Plan, name: str, moe: MoEConfig, tokens: int) -> dict[str, Any]:
     gates = "renormalized" if moe.renormalized else "raw"
     described = config.to_dict(moe) | {"gate_weights": gates}
-    workers = [ours("layer", plan, moe=described, width=128, tokens=tokens)]
+    parts = _parts(plan, moe, tokens)
+    workers = [ours("layer", plan, moe=described, width=128, tokens=tokens, parts=parts)]
     for label, variant, _ in RIVALS["MoE"] if plan.torch else ():
         workers.append(theirs(label, workers[0], variant=variant))
     found = race.race_all(workers, plan.rounds, plan.block)
     sizes = {"experts": moe.num_experts, "top_k": moe.top_k, "hidden": moe.hidden}
-    return {"name": name, **sizes, "tokens": tokens, **found}
+    return {"name": name, **sizes, "tokens": tokens, "parts": parts, **found}
+
+
+def _parts(plan: Plan, moe: MoEConfig, tokens: int) -> int:
+    """Split the tokens over the threads unless an expert has few: each part needs all matrices."""
+    return plan.threads if tokens * moe.top_k >= ROWS_TO_SPLIT * moe.num_experts else 1
 
 
 def _overhead(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     report("MoE layer over a dense MLP of the same active work")
     width, hidden, tokens = (32, 64, 64) if plan.quick else (256, 1024, 4096)
     moe = config.to_dict(MoEConfig(num_experts=8, top_k=2, hidden=hidden))
+    spec = {"width": width, "tokens": tokens, "parts": plan.threads}
     workers = [
-        ours("mlp", plan, width=width, hidden=2 * hidden, tokens=tokens)._replace(name="dense"),
-        ours("layer", plan, width=width, moe=moe, tokens=tokens)._replace(name="8 experts, top-2"),
+        ours("mlp", plan, hidden=2 * hidden, **spec)._replace(name="dense"),
+        ours("layer", plan, moe=moe, **spec)._replace(name="8 experts, top-2"),
     ]
     yield {"name": "overhead", **race.race_all(workers, plan.rounds, plan.block, same=False)}
 
@@ -243,6 +319,7 @@ def _cpu() -> str:
 
 MEASURES = {
     "step": _steps,
+    "steps": _ablations,
     "layer": _layers,
     "overhead": _overhead,
     "generation": _generation,

@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -66,13 +67,13 @@ def watch(arrays: tree.Tree) -> tree.Tree:
     return tree.map(_watch, arrays)
 
 
-def products_of_step(run: loop.Run) -> list[tuple]:
+def products_of_step(run: loop.Run, pool: Executor | None = None) -> list[tuple]:
     """Take a training step and list its matrix products."""
     params = run.params
     run.params = watch(params)
     try:
         with noted_products() as noted:
-            loop.take_step(run)
+            loop.take_step(run, pool)
             return list(noted)
     finally:
         run.params = params
@@ -98,33 +99,38 @@ def flops(products: list[tuple]) -> int:
     return sum(2 * result.size * a.shape[-1] for _, a, _, result in products)
 
 
-def measure(run: loop.Run, repeats: int) -> dict[str, Any]:
-    """Time steps, their products alone and the machine's own product in turns.
+def measure(run: loop.Run, pool: Executor | None, repeats: int) -> dict[str, Any]:
+    """Time steps, their products alone and the machine's own products in turns.
+
+    The machine's own are large square ones, one on each thread that has products of its own.
 
     Returns     the seconds of each, the number of products, and their operations
     """
-    loop.take_step(run)
-    products = products_of_step(run)
-    a, b, out = np.random.default_rng(0).random((3, PROBE, PROBE), np.float32)
+    loop.take_step(run, pool)
+    products = products_of_step(run, pool)
+    threads = 1 if pool is None else run.training.shards
+    a, b, *outs = np.random.default_rng(0).random((2 + threads, PROBE, PROBE), np.float32)
+    squares = [(i, a, b, out) for i, out in enumerate(outs)]
     whole, alone, probe = [], [], []
     for _ in range(repeats):
-        whole.append(_seconds(lambda: loop.take_step(run), 5))
+        whole.append(_seconds(lambda: loop.take_step(run, pool), 5))
         alone.append(_seconds(lambda: replay(products), 5))
-        probe.append(_seconds(lambda: np.matmul(a, b, out=out), 3))
+        probe.append(_seconds(lambda: replay(squares), 3))
     return {
         "step": whole,
         "products": alone,
         "probe": probe,
         "calls": len(products),
         "flops": flops(products),
-        "probe_flops": 2 * PROBE**3,
+        "probe_flops": flops(squares),
     }
 
 
 def bytes_of(run: loop.Run) -> dict[str, int]:
     """Count the bytes of a step's arrays: parameters, gradients, optimizer, activations.
 
-    The activations are what the forward leaves for the backward, each buffer counted once.
+    The activations are what the forward of the whole batch leaves for the backward, each buffer
+    counted once; every shard has gradients of its own.
     """
     sizes = run.training.batch, run.cfg.context
     token, target = data.sample_batch(np.random.default_rng(0), run.corpus.train, *sizes)
@@ -135,7 +141,7 @@ def bytes_of(run: loop.Run) -> dict[str, int]:
     grads = model.loss_backward(np.ones((), run.params.token_VC.dtype), cache)
     return {
         "parameters": _bytes(run.params),
-        "gradients": _bytes(grads),
+        "gradients": run.training.shards * _bytes(grads),
         "optimizer": _bytes(run.state),
         "activations": activations,
     }

@@ -1,21 +1,30 @@
-"""The record of the benchmark as a table and as a figure."""
+"""The records of the benchmark in words: tables, and which of its aims are met."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from moe_numpy.lab.plots import BAD, COLORS, GOOD, NEUTRAL
+FLAT = 1.25  # a token in the second half of a text may take so many times one in the first
+
+
+class Verdict(NamedTuple):
+    """An aim of the benchmark: `line` of the list, `measured` in words, and whether it is `met`.
+
+    None: that was not measured.
+    """
+
+    line: int
+    wanted: str
+    measured: str
+    met: bool | None
 
 
 def table(record: dict[str, Any]) -> str:
     """Write the record as lines of text: a side each, and below a row what was asked beside."""
-    lines = [_machine_line(record), f"{'':<46} {'ms':>9} {'ratio to the first (spread)':>30}"]
+    lines = [machine_line(record), f"{'':<46} {'ms':>9} {'ratio to the first (spread)':>30}"]
     for row in record["rows"]:
         lines.append(_title(row) + _busy(row))
         for side in row["sides"]:
@@ -23,10 +32,158 @@ def table(record: dict[str, Any]) -> str:
             text = f"  {side['name']:<44} {time} {'' if ratio is None else _spread(ratio):>30}"
             lines.append(text.rstrip())
         lines += [f"    {line}" for line in _facts(row)]
+    found = [verdict_line(verdict) for verdict in verdicts(record)]
+    return "\n".join([*lines, "", *found] if found else lines)
+
+
+def steps_table(record: dict[str, Any]) -> str:
+    """Write what every step of speed gains: time without it over time with it, per model."""
+    rows = record["rows"]
+    lines = [machine_line(record), f"{'':<52}" + "".join(f"{row['name']:>21}" for row in rows)]
+    lines += [f"{'all steps (ms)':<52}" + "".join(f"{_first(row):>21.4g}" for row in rows)]
+    names = max((row["steps"] for row in rows), key=len)
+    for step, label in zip(names, labels(rows), strict=True):
+        cells = [gain(row, step) for row in rows]
+        texts = ["" if found is None else _spread(found) for found in cells]
+        lines.append((f"{label:<52}" + "".join(f"{text:>21}" for text in texts)).rstrip())
     return "\n".join(lines)
 
 
-def _machine_line(record: dict[str, Any]) -> str:
+def labels(rows: list[dict[str, Any]]) -> list[str]:
+    """Name the steps of the model that has the most."""
+    most = max(rows, key=lambda row: len(row["steps"]))
+    return [side["name"] for side in most["sides"][1:]]
+
+
+def gain(row: dict[str, Any], step: str) -> dict[str, float] | None:
+    """Find what a step gains in a row of steps; None if that model does without it."""
+    if step not in row["steps"]:
+        return None
+    return row["sides"][1 + row["steps"].index(step)]["ratio"]
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Write the ratios to every rival of training and writing as a table in Markdown."""
+    lines = ["| | time (ms) | ours (ms) | ratio | rounds |", "|---|---|---|---|---|"]
+    for row in record["rows"]:
+        if row["row"] in ("step", "generation"):
+            threads = row.get("threads", record["threads"])
+            title = f"{_title(row)}, {threads} thread{'s' * (threads > 1)}"
+            for side in row["sides"][1:]:
+                times = f"{side['milliseconds']['median']:.4g} | {_first(row):.4g}"
+                ratio = _spread(side["ratio"])
+                lines.append(f"| {title}: {side['name']} | {times} | {ratio} | {row['rounds']} |")
+    return "\n".join(lines)
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """Say one verdict in a line."""
+    met = {True: "met", False: "NOT MET", None: "not measured"}[verdict.met]
+    return f"{verdict.line}  {verdict.wanted:<66} {verdict.measured:<22} {met}".rstrip()
+
+
+def verdicts(record: dict[str, Any]) -> list[Verdict]:
+    """Hold the record against the aims, which are for two threads and the full sizes.
+
+    Ratios are the other's time over ours, medians unless a spread is told.
+    """
+    if record["quick"] or record["threads"] != 2:
+        return []
+    layers = {(r["name"], r["experts"], r["top_k"]): r for r in _rows(record, "layer")}
+    return [
+        *_step_verdicts(record),
+        *_layer_verdicts(layers),
+        *_other_verdicts(record),
+        *_frugal_verdicts(record),
+    ]
+
+
+def _step_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
+    rows = {row["name"]: _ratios(row) for row in _rows(record, "step")}
+    dense, moe, mixtral = (rows.get(name, {}) for name in ("dense", "MoE", "Mixtral"))
+    yield _least(1, "dense step against PyTorch eager", dense, ["PyTorch eager"], 1.05)
+    yield _least(2, "Mixtral step against Transformers", mixtral, ["Transformers eager"], 1.35)
+    fastest = [name for name in mixtral if "fused" in name]
+    yield _least(2, "Mixtral step against its fastest setting", mixtral, fastest, 1.1)
+    yield _least(3, "MoE step against the textbook loop", moe, ["PyTorch, textbook loop"], 1.3)
+    best = ["PyTorch, sorted rows", "PyTorch, batched"]
+    yield _least(3, "MoE step against the best of sorted and batched", moe, best, 1.1)
+
+
+def _layer_verdicts(layers: dict[tuple, dict[str, Any]]) -> Iterator[Verdict]:
+    for (name, experts, k), row in layers.items():
+        if name == "wide" and k == 2:
+            what, ratios = f"layer of {experts} experts against the best", _ratios(row)
+            if experts >= 128:
+                yield _least(4, what, ratios, list(ratios), 2.2)
+            elif not ratios:
+                yield Verdict(4, f"{what}: not slower", "", None)
+            else:
+                worst = min(ratios.values(), key=lambda ratio: ratio["median"])
+                yield Verdict(4, f"{what}: not slower", _spread(worst), worst["high"] >= 1)
+    few, many = (layers.get(("fine-grained", experts, 2)) for experts in (8, 1024))
+    growth = _first(many) / _first(few) if few and many else None
+    yield _most(4, "fine-grained layer, cost of 1,024 experts over 8", growth, 7)
+
+
+def _other_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
+    for row in _rows(record, "overhead"):
+        median = row["sides"][1]["ratio"]["median"]
+        yield _most(5, "MoE layer over a dense MLP of the same work", median, 1.15)
+    for row in _rows(record, "generation"):
+        ratios = _ratios(row)
+        yield _least(6, "generation against Transformers generate", ratios, list(ratios), 8)
+        first, last = halves(row)
+        yield _most(6, "a token of the second half over one of the first", last / first, FLAT)
+
+
+def _frugal_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
+    for row in _rows(record, "step"):
+        over = row["products"]["step_over_products"]["median"]
+        yield _most(7, f"{row['name']} step over its matrix products alone", over, 1.6)
+    for row in _rows(record, "step"):
+        ours, *others = (side["peak"] for side in row["sides"])
+        share = ours / min(others) if others else None
+        yield _most(8, f"{row['name']} step, peak memory over the least of PyTorch's", share, 0.4)
+
+
+def _least(line: int, what: str, ratios: dict, names: list[str], bound: float) -> Verdict:
+    """Ask that the least of the named ratios reaches the bound."""
+    wanted = f"{what}: at least {bound:g}"
+    found = [ratios[name] for name in names if name in ratios]
+    if not found:
+        return Verdict(line, wanted, "", None)
+    worst = min(found, key=lambda ratio: ratio["median"])
+    return Verdict(line, wanted, _spread(worst), worst["median"] >= bound)
+
+
+def _most(line: int, what: str, value: float | None, bound: float) -> Verdict:
+    wanted = f"{what}: at most {bound:g}"
+    if value is None:
+        return Verdict(line, wanted, "", None)
+    return Verdict(line, wanted, f"{value:.2f}", bool(value <= bound))
+
+
+def _rows(record: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [row for row in record["rows"] if row["row"] == kind]
+
+
+def _ratios(row: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {side["name"]: side["ratio"] for side in row["sides"][1:]}
+
+
+def _first(row: dict[str, Any]) -> float:
+    """Read our own median, in milliseconds."""
+    return row["sides"][0]["milliseconds"]["median"]
+
+
+def halves(row: dict[str, Any]) -> list[float]:
+    """Take the median time of a token in both halves of a text, without the first four."""
+    return [float(np.median(part)) for part in np.array_split(row["by_length"][4:], 2)]
+
+
+def machine_line(record: dict[str, Any]) -> str:
+    """Name the machine, the threads and the versions that the numbers belong to."""
     found = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     threads = f"threads: {record['threads']}, cores: {found['cores']}"
@@ -50,7 +207,7 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
         speeds = [1e3 * row["tokens"] / side["milliseconds"]["median"] for side in row["sides"]]
         yield "tokens a second: " + ", ".join(f"{speed:,.0f}" for speed in speeds)
     if "by_length" in row:
-        first, last = (np.median(part) for part in np.split(np.array(row["by_length"][4:]), 2))
+        first, last = halves(row)
         yield f"a token takes {first:.3g} ms in the first half, {last:.3g} ms in the second"
     if "products" in row:
         found = row["products"]
@@ -60,6 +217,9 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
         yield f"rate of the products' operations in a step: {rate}, the machine's own"
         sizes = [f"{name} {count / 2**20:.1f}" for name, count in row["bytes"].items()]
         yield "MiB: " + ", ".join(sizes)
+        if row["shards"] > 1:
+            split = f"ours in {row['shards']} shards, a thread each"
+            yield f"{split}: without capacity and balance the function of the whole batch"
         peaks = [f"{side['peak'] / 2**20:.0f}" for side in row["sides"]]
         yield "MiB at most, whole process: " + ", ".join(peaks)
 
@@ -70,89 +230,3 @@ def _spread(found: dict[str, float]) -> str:
 
 def _percent(found: dict[str, float]) -> str:
     return f"{found['median']:.0%} ({found['low']:.0%} to {found['high']:.0%})"
-
-
-def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
-    """Draw the time of every rival over ours, with the spread of the rounds; the line is at one."""
-    names, found = [], []
-    for row in record["rows"]:
-        if row["row"] in ("step", "generation"):
-            threads = row.get("threads", record["threads"])
-            for side in row["sides"][1:]:
-                names.append(f"{row['row']}, {row['name']}: {side['name']} ({threads} thr.)")
-                found.append(side["ratio"])
-    for y, ratio in enumerate(found):
-        color = GOOD if ratio["median"] >= 1 else BAD
-        ax.hlines(y, ratio["low"], ratio["high"], color=color, linewidth=2, alpha=0.5)
-        ax.plot(ratio["median"], y, "o", color=color)
-        ax.text(ratio["median"], y - 0.18, f"{ratio['median']:.2f}", ha="center", fontsize=8)
-    ax.axvline(1.0, color=NEUTRAL, linewidth=0.8, linestyle="--")
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set(xscale="log", xlabel="its time / our time (dot: median of rounds, bar: all rounds)")
-    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16) if _inside(t, ax.get_xlim())]
-    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    ax.minorticks_off()
-    ax.set_ylim(len(names) - 0.5, -0.7)
-    ax.set_title("Against PyTorch on the same processor")
-    return ax
-
-
-def plot_experts(ax: Axes, record: dict[str, Any], name: str) -> Axes:
-    """Draw what a layer costs over its number of experts: ours in full lines, others in dots."""
-    rows = [row for row in record["rows"] if row["row"] == "layer" and row["name"] == name]
-    if not rows:
-        ax.set_axis_off()
-        return ax
-    for style, k in zip(("o-", "s--"), sorted({row["top_k"] for row in rows}), strict=False):
-        own = [row for row in rows if row["top_k"] == k]
-        experts = [row["experts"] for row in own]
-        for i, side in enumerate(own[0]["sides"]):
-            times = [row["sides"][i]["milliseconds"]["median"] for row in own]
-            label = f"{side['name']}, top-{k}"
-            width = 2.0 if i == 0 else 1.0
-            ax.loglog(experts, times, style, color=COLORS[i], linewidth=width, label=label)
-    ax.set_title(f"Layer alone, {name}: hidden {rows[0]['hidden']}, {rows[0]['tokens']} tokens")
-    ax.set_xticks(experts, [str(E) for E in experts])
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.legend(fontsize=7)
-    ax.set(xlabel="experts", ylabel="forward and backward (ms)")
-    return ax
-
-
-def plot_shares(ax: Axes, record: dict[str, Any]) -> Axes:
-    """Split a step into its matrix products, as they run alone, and all the rest."""
-    rows = [row for row in record["rows"] if row["row"] == "step"]
-    if not rows:
-        ax.set_axis_off()
-        return ax
-    for y, row in enumerate(rows):
-        whole = row["sides"][0]["milliseconds"]["median"]
-        share = row["products"]["share"]["median"]
-        ax.barh(y, share * whole, color=GOOD, label="matrix products alone" if not y else None)
-        ax.barh(y, (1 - share) * whole, left=share * whole, color=COLORS[1])
-        ax.text(whole, y, f" {1 / share:.2f} times", va="center", fontsize=8)
-    ax.barh(0, 0, color=COLORS[1], label="everything else")
-    ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    ax.margins(x=0.2)
-    ax.invert_yaxis()
-    ax.set_xlabel("a training step (ms)")
-    ax.set_title("Where the time goes")
-    ax.legend(fontsize=8)
-    return ax
-
-
-def speed_figure(record: dict[str, Any]) -> Figure:
-    """Tell the benchmark in one figure: ratios, where the time goes, cost over the experts."""
-    figure = Figure(figsize=(13, 8), layout="constrained", dpi=110)
-    axes = figure.subplots(2, 2)
-    plot_ratios(axes[0, 0], record)
-    plot_shares(axes[0, 1], record)
-    plot_experts(axes[1, 0], record, "wide")
-    plot_experts(axes[1, 1], record, "fine-grained")
-    figure.suptitle("Speed of a training step, a layer and generation", fontsize=13)
-    figure.supxlabel(_machine_line(record), fontsize=8)
-    return figure
-
-
-def _inside(x: float, limits: tuple[float, float]) -> bool:
-    return limits[0] <= x <= limits[1]

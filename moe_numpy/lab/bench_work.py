@@ -1,24 +1,34 @@
-"""What the benchmark runs on our side: a training step, a layer, generation, a plain product."""
+"""What the benchmark runs on our side: a training step, a layer, generation, a plain product.
+
+With two threads a batch, or the tokens of a layer, are split into two shards, each on a thread with
+matrix products of its own, as `loop.train` does it. Nothing here has a capacity or a balance term,
+which shards would have for themselves; so they compute the function of the whole.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
 
-from moe_numpy import config, tree
+from moe_numpy import config, machine, tree
 from moe_numpy.config import ModelConfig, MoEConfig, TrainingConfig
 from moe_numpy.lab import bench_products
 from moe_numpy.lab.bench_process import Work, sketch
 from moe_numpy.moe import layer, mlp
-from moe_numpy.training import data, loop
+from moe_numpy.training import data, loop, shards
 from moe_numpy.transformer import generation, model
 
 COMPARED_STEPS = 2  # whose losses are compared, one update between; later, a near tie in the
 # router of one token may fall differently on each side, and the losses part
+
+_until_the_end = contextlib.ExitStack()  # keeps the threads of this process's work
 
 
 def build(spec: dict[str, Any]) -> Work:
@@ -35,25 +45,37 @@ def text(vocab_size: int, length: int = 100_000) -> data.Corpus:
     return data.Corpus(name="dice", alphabet=alphabet, train=ids, validation=ids, sha256="dice")
 
 
-def training(steps: int = 20_000) -> TrainingConfig:
+def training(steps: int = 20_000, shards: int = 1) -> TrainingConfig:
     """Configure the run of the benchmark: a constant rate, so that every step does the same."""
-    return TrainingConfig(steps=steps, batch=12, warmup=0, rate=1e-3, final_rate=1e-3)
+    constant = {"warmup": 0, "rate": 1e-3, "final_rate": 1e-3}
+    return TrainingConfig(steps=steps, batch=12, shards=shards, **constant)
+
+
+def _settle(parts: int) -> Executor | None:
+    """Do once what `loop.train` does at its start: keep memory, and start a thread for each part.
+
+    A layer of many experts is not split (the parts would each need all matrices): its products
+    share the threads.
+    """
+    machine.keep_memory()
+    return _until_the_end.enter_context(machine.workers(parts))
 
 
 def _step(spec: dict[str, Any]) -> Work:
     cfg = config.from_dict(spec["config"])
     run = loop.new_run(text(cfg.vocab_size), cfg, config.from_dict(spec["training"]))
+    parts = run.training.shards
+    pool = _settle(parts)
     token, target = _next_batches(run)
 
     def give() -> dict[str, np.ndarray]:
         return {"token": token, "target": target, **_named("params", run.params)}
 
     def values() -> dict[str, np.ndarray]:
-        _, _, cache = model.loss_forward(token[0], target[0], run.params, cfg)
-        grads = model.loss_backward(np.ones((), run.params.token_VC.dtype), cache)
+        _, grads = shards.gradients(token[0], target[0], run.params, cfg, shards=parts, pool=pool)
         first = run.step
         for _ in range(COMPARED_STEPS):
-            loop.take_step(run)
+            loop.take_step(run, pool)
         losses = run.series.cross_entropy[first : run.step]
         return {"loss": losses, **_named("grads", grads)}
 
@@ -61,9 +83,9 @@ def _step(spec: dict[str, Any]) -> Work:
         give=give,
         take=lambda given: None,
         values=values,
-        once=lambda: loop.take_step(run),
+        once=lambda: loop.take_step(run, pool),
         facts={
-            "products": lambda: bench_products.measure(run, spec["repeats"]),
+            "products": lambda: bench_products.measure(run, pool, spec["repeats"]),
             "bytes": lambda: bench_products.bytes_of(run),
         },
     )
@@ -84,30 +106,47 @@ def _layer(spec: dict[str, Any]) -> Work:
     params = layer.init_moe(rng, cfg, spec["width"], "float32")
     aux = np.zeros((), "float32")
 
-    def once() -> tuple:
+    def part(x: np.ndarray, dy: np.ndarray) -> tuple:
         y, _, _, cache = layer.moe_forward(x, params, cfg)
         return y, *layer.moe_backward(dy, aux, cache)
 
-    return _forward_and_backward(once, {"x": x, "dy": dy, **_named("params", params)})
+    return _forward_and_backward(part, x, dy, params, spec["parts"])
 
 
 def _mlp(spec: dict[str, Any]) -> Work:
     x, dy, rng = _rows(spec)
     params = mlp.init_mlp(rng, spec["width"], spec["hidden"], "gelu_tanh", "float32", 1)
 
-    def once() -> tuple:
+    def part(x: np.ndarray, dy: np.ndarray) -> tuple:
         y, cache = mlp.mlp_forward(x, params, "gelu_tanh")
         return y, *mlp.mlp_backward(dy, cache)
 
-    return _forward_and_backward(once, {"x": x, "dy": dy, **_named("params", params)})
+    return _forward_and_backward(part, x, dy, params, spec["parts"])
 
 
-def _forward_and_backward(once: Any, given: dict[str, np.ndarray]) -> Work:
+def _forward_and_backward(
+    part: Callable, x: np.ndarray, dy: np.ndarray, params: tree.Tree, parts: int
+) -> Work:
+    pool = _settle(parts)
+    xs, dys = np.array_split(x, parts), np.array_split(dy, parts)
+
+    def once() -> tuple:
+        found = list((pool.map if pool else map)(part, xs, dys))
+        if parts == 1:
+            return found[0]
+        y, dx, grads = zip(*found, strict=True)
+        return np.concatenate(y), np.concatenate(dx), functools.reduce(_add, grads)
+
     def values() -> dict[str, np.ndarray]:
         y, dx, grads = once()
         return {"y": y, "dx": dx, **_named("grads", grads)}
 
+    given = {"x": x, "dy": dy, **_named("params", params)}
     return Work(lambda: given, lambda given: None, values, once, {})
+
+
+def _add(total: tree.Tree, grads: tree.Tree) -> tree.Tree:
+    return tree.map(lambda a, b: np.add(a, b, out=a), total, grads)
 
 
 def _rows(spec: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:

@@ -199,9 +199,15 @@ def _systems_figure(record: dict[str, Any]) -> Figure:
 
 
 def _speed_figure(record: dict[str, Any]) -> Figure:
-    from moe_numpy.lab import bench_report  # here, since its pictures are made of these
+    from moe_numpy.lab import bench_pictures  # here, since its pictures are made of these
 
-    return bench_report.speed_figure(record)
+    return bench_pictures.speed_figure(record)
+
+
+def _steps_figure(record: dict[str, Any]) -> Figure:
+    from moe_numpy.lab import bench_pictures
+
+    return bench_pictures.steps_figure(record)
 
 
 DRAWN_BY = {
@@ -211,6 +217,7 @@ DRAWN_BY = {
     "training": training_figure,
     "parity": parity_figure,
     "speed": _speed_figure,
+    "speed_steps": _steps_figure,
 }
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 TOLERANCE = 1e-4  # largest difference of two tensors, relative to the largest number in them
 BUSY = 0.15  # share of the machine's time that others took: more marks the round
-GAP = 0.2  # seconds between two blocks
+GAP = 0.1  # seconds between two blocks
 QUIET_ROUNDS = 3  # as many must be left for the busy ones to be set aside
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 

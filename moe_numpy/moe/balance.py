@@ -205,7 +205,7 @@ def balance_forward(
     Shapes     clean_NE, noisy_NE, scale_NE, prob_NE (N, E); gate_NK (N, K);
                expert_NK, wished_NK (N, K) integers; rank_NE (N, E) what they were chosen by
                -> aux ()
-    Cache      (cfg, shapes, the caches of the terms)
+    Cache      (cfg, (N, E), the caches of the terms)
     Source     the terms above; clean probabilities: Riquelme et al. 2021, V-MoE, appendix A
     """
     E = cfg.num_experts
@@ -234,40 +234,38 @@ def balance_forward(
             value, cache = cv_squared_forward(count_E)[0], None
         aux = aux + term.weight * value
         caches.append(cache)
-    return aux, (cfg, prob_NE, gate_NK, scale_NE, caches)
+    return aux, (cfg, prob_NE.shape, caches)
 
 
-def balance_backward(daux: Array, cache: Cache) -> tuple[Array, Array, Array | None, Array, Array]:
+def balance_backward(daux: Array, cache: Cache) -> tuple[Array | None, ...]:
     """Undo `balance_forward`: every term adds to what it looked at.
 
-    Shapes     daux () -> dclean_NE, dnoisy_NE, dscale_NE, dprob_NE (N, E), dgate_NK (N, K);
-               dscale_NE is None where scale_NE was
+    Shapes     daux () -> dclean_NE, dnoisy_NE, dscale_NE, dprob_NE (N, E), dgate_NK (N, K), each
+               None if no term looked there
     """
-    cfg, prob_NE, gate_NK, scale_NE, caches = cache
-    dclean_NE, dnoisy_NE, dprob_NE = (xp.zeros_like(prob_NE) for _ in range(3))
-    dscale_NE = None if scale_NE is None else xp.zeros_like(scale_NE)
-    dgate_NK = xp.zeros_like(gate_NK)
+    cfg, shape, caches = cache
+    dclean_NE = dnoisy_NE = dscale_NE = dprob_NE = dgate_NK = None
     for term, term_cache in zip(cfg.balance, caches, strict=True):
         dvalue = daux * term.weight
         if isinstance(term, SwitchLoss):
-            dprob_NE += switch_loss_backward(dvalue, term_cache)
+            dprob_NE = router.plus(dprob_NE, switch_loss_backward(dvalue, term_cache))
         elif isinstance(term, ZLoss):
-            dclean_NE += z_loss_backward(dvalue, term_cache)
+            dclean_NE = router.plus(dclean_NE, z_loss_backward(dvalue, term_cache))
         elif isinstance(term, ImportanceLoss) and term.of == "probabilities":
             softmax_cache, cv_cache = term_cache
             dsum_E = cv_squared_backward(dvalue, cv_cache)
-            dclean_prob_NE = xp.broadcast_to(dsum_E, prob_NE.shape)
-            dclean_NE += softmax.softmax_backward(dclean_prob_NE, softmax_cache)
+            dclean = softmax.softmax_backward(xp.broadcast_to(dsum_E, shape), softmax_cache)
+            dclean_NE = router.plus(dclean_NE, dclean)
         elif isinstance(term, ImportanceLoss):
             sum_cache, cv_cache = term_cache
-            dgate_NK += importance_backward(cv_squared_backward(dvalue, cv_cache), sum_cache)
+            dimportance_E = cv_squared_backward(dvalue, cv_cache)
+            dgate_NK = router.plus(dgate_NK, importance_backward(dimportance_E, sum_cache))
         elif isinstance(term, LoadLoss) and term_cache is not None:
             load_cache, cv_cache = term_cache
             dload_E = cv_squared_backward(dvalue, cv_cache)
             dclean, dnoisy, dscale = load_backward(dload_E, load_cache)
-            dclean_NE += dclean
-            dnoisy_NE += dnoisy
-            dscale_NE += dscale
+            dclean_NE, dnoisy_NE = router.plus(dclean_NE, dclean), router.plus(dnoisy_NE, dnoisy)
+            dscale_NE = router.plus(dscale_NE, dscale)
     return dclean_NE, dnoisy_NE, dscale_NE, dprob_NE, dgate_NK
 
 

@@ -62,10 +62,10 @@ def make_plan(
     """
     N, K = expert_NK.shape
     E = prob_NE.shape[1]
-    if asked_NK is None:
-        asked_NK = xp.ones((N, K), bool)
     if capacity is None:
         return expert_NK, _plan(expert_NK, asked_NK, E)
+    if asked_NK is None:
+        asked_NK = xp.ones((N, K), bool)
     size = capacity.group or max(N, 1)
     places = [  # of every expert, group by group
         capacity.places(min(size, N - start), K, E) for start in range(0, max(N, 1), size)
@@ -102,7 +102,7 @@ def _serve_or_drop(
     group_N1 = (xp.arange(N) // size)[:, None]
     counter = xp.where(asked_NK, expert_NK * groups + group_N1, E * groups).reshape(-1)
     queued = counter[queue]
-    order = xp.argsort(queued, kind="stable")  # by counter, then by place in the queue
+    order = _stable_order(queued, E * groups)  # by counter, then by place in the queue
     queued = queued[order]
     rank = xp.arange(order.size) - xp.searchsorted(queued, queued)
     # Only the last group may be smaller than the others.
@@ -157,21 +157,34 @@ def _serve_next_best(
     return expert_NK, _plan(expert_NK, accepted_NK, E, counts)
 
 
-def _plan(expert_NK: Array, accepted_NK: Array, E: int, counts: list[int] | None = None) -> Plan:
-    """Sort the accepted choices by expert; `counts` of each expert, if they are known already.
+def _plan(
+    expert_NK: Array, accepted_NK: Array | None, E: int, counts: list[int] | None = None
+) -> Plan:
+    """Sort the accepted choices (None: all) by expert; `counts` of each, if they are known already.
 
     Dropped choices sort behind the last expert, as if there were an expert E. How many rows each
     expert has is the one thing that the host must know.
     """
     N, K = expert_NK.shape
-    key = xp.where(accepted_NK, expert_NK, E).reshape(-1)
-    order = xp.argsort(key, kind="stable")
+    asking_NK = expert_NK if accepted_NK is None else xp.where(accepted_NK, expert_NK, E)
+    key = asking_NK.reshape(-1)
+    order = _stable_order(key, E)
     if counts is None:
         offsets = tuple(to_host(xp.searchsorted(key[order], xp.arange(E + 1))).tolist())
     else:
         offsets = tuple(itertools.accumulate(counts, initial=0))
     R = offsets[-1]
     choice_R = order[:R]
-    slot = xp.full(N * K, R, xp.intp)
-    slot[choice_R] = xp.arange(R)
+    slot = xp.empty(N * K, xp.intp)
+    slot[order] = xp.minimum(xp.arange(N * K), R)
     return Plan(slot.reshape(N, K), choice_R // K, choice_R, offsets)
+
+
+def _stable_order(key: Array, largest: int) -> Array:
+    """Order whole numbers from 0 to `largest`; equal ones stay in their order.
+
+    Numbers of 16 bits are sorted in two passes, without comparing any.
+    """
+    if largest < 2**16:
+        key = key.astype(xp.uint16)
+    return xp.argsort(key, kind="stable")

@@ -15,7 +15,7 @@ def dispatch_forward(x_NC: Array, plan: Plan) -> tuple[Array, Cache]:
     Cache      (plan,)
     Source     Shazeer et al. 2017, section 3.1; differs: no padding, R rows are all there are
     """
-    return x_NC[plan.token_R], (plan,)
+    return xp.take(x_NC, plan.token_R, 0), (plan,)
 
 
 def dispatch_backward(dx_RC: Array, cache: Cache) -> Array:
@@ -26,7 +26,7 @@ def dispatch_backward(dx_RC: Array, cache: Cache) -> Array:
     Shapes     dx_RC (R, C) -> dx_NC (N, C)
     """
     (plan,) = cache
-    return _fetch(dx_RC, plan).sum(1)
+    return xp.einsum("nkc->nc", _fetch(dx_RC, plan))
 
 
 def gated_dispatch_forward(x_NC: Array, gate_NK: Array, plan: Plan) -> tuple[Array, Cache]:
@@ -41,7 +41,9 @@ def gated_dispatch_forward(x_NC: Array, gate_NK: Array, plan: Plan) -> tuple[Arr
     Source     Meta AI 2025, Llama 4 (the scaled input of its experts)
     """
     gate_R = gate_NK.reshape(-1)[plan.choice_R]
-    return gate_R[:, None] * x_NC[plan.token_R], (x_NC, gate_NK, plan)
+    x_RC = xp.take(x_NC, plan.token_R, 0)
+    x_RC *= gate_R[:, None]
+    return x_RC, (x_NC, gate_NK, plan)
 
 
 def gated_dispatch_backward(dx_RC: Array, cache: Cache) -> tuple[Array, Array]:
@@ -83,14 +85,15 @@ def combine_backward(dy_NC: Array, cache: Cache) -> tuple[Array, Array]:
     y_NKC, gate_NK, plan = cache
     dgate_NK = xp.einsum("nkc,nc->nk", y_NKC, dy_NC)  # 2.
     gate_R = gate_NK.reshape(-1)[plan.choice_R]
-    dy_RC = gate_R[:, None] * dy_NC[plan.token_R]  # 1.
+    dy_RC = xp.take(dy_NC, plan.token_R, 0)  # 1.
+    dy_RC *= gate_R[:, None]
     return dy_RC, dgate_NK
 
 
 def _fetch(y_RC: Array, plan: Plan) -> Array:
     """Read the row of every choice (N, K, C); a dropped choice, whose slot is R, reads zeros."""
     R, C = y_RC.shape
+    rows = y_RC
     if plan.slot_NK.size > R:
-        zero = xp.zeros((1, C), y_RC.dtype)
-        return xp.concatenate((y_RC, zero))[plan.slot_NK]
-    return y_RC[plan.slot_NK]
+        rows = xp.concatenate((y_RC, xp.zeros((1, C), y_RC.dtype)))
+    return xp.take(rows, plan.slot_NK, 0)

@@ -106,8 +106,12 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
     """
     x_RI, w_EIO, offsets = cache
     dx_RI = xp.empty_like(x_RI)
-    dw_EIO = xp.zeros_like(w_EIO)
-    for e, rows in _slices(offsets):
+    dw_EIO = xp.empty_like(w_EIO)
+    for e, (start, end) in enumerate(itertools.pairwise(offsets)):
+        if start == end:
+            dw_EIO[e] = 0.0
+            continue
+        rows = slice(start, end)
         xp.matmul(dy_RO[rows], w_EIO[e].T, out=dx_RI[rows])
         xp.matmul(x_RI[rows].T, dy_RO[rows], out=dw_EIO[e])
     return dx_RI, dw_EIO
@@ -255,10 +259,10 @@ def experts_backward(dy_RC: Array, cache: Cache) -> tuple[Array, ExpertParams]:
     dup_ECF = dup_EF = dthird_ECF = None
     if up_cache is not None:
         dx_up_RC, dup_ECF, dup_EF = expert_linear_backward(dup_RF, up_cache)
-        dx_RC = dx_RC + dx_up_RC
+        dx_RC += dx_up_RC
     if third_cache is not None:
         dx_third_RC, dthird_ECF, _ = expert_linear_backward(dthird_RF, third_cache)
-        dx_RC = dx_RC + dx_third_RC
+        dx_RC += dx_third_RC
     grads = ExpertParams(din_ECF, dup_ECF, dout_EFC, dthird_ECF, din_EF, dup_EF, dout_EC)
     return dx_RC, grads
 

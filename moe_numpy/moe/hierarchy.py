@@ -63,8 +63,7 @@ def hierarchical_route_forward(
     aux, balance_cache = hierarchy_balance.hierarchical_balance_forward(
         primary, secondary, log_NE, gate_NK, expert_NK, wished_NK, cfg
     )  # 5. balance
-    entropy_N = report.entropy_of(log_NE, prob_NE)
-    facts = report.make_report(prob_NE, entropy_N, wished_NK, plan)
+    facts = report.make_report(log_NE, prob_NE, wished_NK, plan)
     cache = (cfg, cache_1, cache_2, log_cache, gate_cache, balance_cache)
     return gate_NK * cfg.gate_scale, aux, plan, facts, cache  # 6. scale
 

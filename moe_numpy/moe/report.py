@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from moe_numpy.backend import Array, xp
 from moe_numpy.moe.capacity import Plan
+from moe_numpy.ops import rows
 
 
 class MoEReport(NamedTuple):
@@ -25,28 +26,28 @@ class MoEReport(NamedTuple):
     gate_entropy: Array
 
 
-def entropy_of(logit_NE: Array, prob_NE: Array, score: str = "softmax") -> Array:
-    """Compute the entropy of each token's probabilities, in nats.
-
-    For a softmax without a logarithm for every entry: log sum exp(z) is max z - log max p.
-
-    Shapes     logit_NE, prob_NE (N, E) -> entropy_N (N,)
-    """
-    if score != "softmax":
-        return -(prob_NE * xp.log(xp.maximum(prob_NE, 1e-30))).sum(1)
-    return logit_NE.max(1) - xp.log(prob_NE.max(1)) - (prob_NE * logit_NE).sum(1)
-
-
-def make_report(prob_NE: Array, entropy_N: Array, wished_NK: Array, plan: Plan) -> MoEReport:
+def make_report(
+    logit_NE: Array, prob_NE: Array, wished_NK: Array, plan: Plan, score: str = "softmax"
+) -> MoEReport:
     """Count and average what the router did.
 
-    Shapes     prob_NE (N, E), each row summing to one; entropy_N (N,); wished_NK (N, K) integers
+    The entropy of a softmax needs no logarithm for every entry: log sum exp(z) is z - log p of any
+    one of them, and that of the largest is safe.
+
+    Shapes     logit_NE (N, E); prob_NE (N, E), each row summing to one; wished_NK (N, K) integers
     """
     N, E = prob_NE.shape
+    bounds = xp.asarray(plan.offsets)
+    best = xp.arange(N), prob_NE.argmax(1)
+    top_N = prob_NE[best]
+    if score == "softmax":
+        entropy_N = logit_NE[best] - xp.log(top_N) - rows.dots(prob_NE, logit_NE)[:, 0]
+    else:
+        entropy_N = -rows.dots(prob_NE, xp.log(xp.maximum(prob_NE, 1e-30)))[:, 0]
     return MoEReport(
         wished_E=xp.bincount(wished_NK.reshape(-1), minlength=E),
-        load_E=xp.diff(xp.asarray(plan.offsets)),
+        load_E=bounds[1:] - bounds[:-1],
         dropped=plan.slot_NK.size - plan.offsets[-1],
-        decisiveness=prob_NE.max(1).sum() / max(N, 1),
+        decisiveness=top_N.sum() / max(N, 1),
         gate_entropy=entropy_N.sum() / max(N, 1),
     )

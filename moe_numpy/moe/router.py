@@ -112,7 +112,7 @@ def router_forward(
 
 
 def router_backward(
-    dclean_NE: Array, dnoisy_NE: Array, dscale_NE: Array | None, cache: Cache
+    dclean_NE: Array | None, dnoisy_NE: Array, dscale_NE: Array | None, cache: Cache
 ) -> tuple[Array, RouterParams]:
     """Undo `router_forward`.
 
@@ -120,14 +120,15 @@ def router_backward(
         dclean += dnoisy,    dscale += noise * dnoisy,    draw = dscale * sigmoid(raw).
     The selection bias has no gradient: it only chooses.
 
-    Shapes     dclean_NE, dnoisy_NE (N, E); dscale_NE (N, E) or None -> dx_NC (N, C), grads
+    Shapes     dclean_NE, dnoisy_NE, dscale_NE (N, E); None for what nothing but `noisy` has read
+               -> dx_NC (N, C), grads
     """
     params, jitter_NC, noise, logit_cache, noise_caches = cache
-    dx_NC, dw_CE, *doffset = linear.linear_backward(dclean_NE + dnoisy_NE, logit_cache)  # 2.
+    dx_NC, dw_CE, *doffset = linear.linear_backward(plus(dclean_NE, dnoisy_NE), logit_cache)  # 2.
     dnoise_CE = None if params.noise_CE is None else xp.zeros_like(params.noise_CE)
     if noise_caches is not None:  # 3.
         raw_cache, scale_cache = noise_caches
-        dscale_NE = dscale_NE + noise * dnoisy_NE
+        dscale_NE = plus(dscale_NE, noise * dnoisy_NE)
         draw_NE = activation.softplus_backward(dscale_NE, scale_cache)
         dx_noise_NC, dnoise_CE = linear.linear_backward(draw_NE, raw_cache)
         dx_NC = dx_NC + dx_noise_NC
@@ -135,6 +136,11 @@ def router_backward(
         dx_NC = dx_NC * jitter_NC
     dbias_E = None if params.bias_E is None else xp.zeros_like(params.bias_E)
     return dx_NC, RouterParams(dw_CE, dnoise_CE, dbias_E, *doffset)
+
+
+def plus(a: Array | None, b: Array) -> Array:
+    """Add the gradients of two paths; None is a path that is not there."""
+    return b if a is None else a + b
 
 
 def top_k(score_NE: Array, k: int) -> Array:
@@ -163,7 +169,8 @@ def raw_gate_forward(prob_NE: Array, expert_NK: Array) -> tuple[Array, Cache]:
     Cache      (expert_NK, E)
     Source     Fedus et al. 2022, Switch Transformers, eq. 2
     """
-    return xp.take_along_axis(prob_NE, expert_NK, 1), (expert_NK, prob_NE.shape[1])
+    N, E = prob_NE.shape
+    return prob_NE[xp.arange(N)[:, None], expert_NK], (expert_NK, E)
 
 
 def raw_gate_backward(dgate_NK: Array, cache: Cache) -> Array:

@@ -23,7 +23,7 @@ def route_forward(
 
     Shapes     x_NC (N, C); noise as `router.draw_noise` draws it
                -> gate_NK (N, K); aux (); plan; report
-    Cache      (router, score, share, gate and balance caches)
+    Cache      (cfg, router, score, share, gate and balance caches)
     Source     Shazeer et al. 2017, section 2.1; the parts name theirs
     """
     noise, coin_N = router.split_noise(noise, cfg)
@@ -35,17 +35,15 @@ def route_forward(
     rank_NE = ranking(noisy_NE, score_NE, params.bias_E, cfg)
     wished_NK, asked_NK = choose_experts(rank_NE, prob_NE, cfg, coin_N)  # 3. choice
     expert_NK, plan = capacity.make_plan(wished_NK, rank_NE, prob_NE, cfg.capacity, asked_NK)
-    gate_NK, gate_cache = score.gates_forward(
-        noisy_NE, score_NE, expert_NK, plan.kept_NK, cfg
-    )  # 4. gates
+    read_NE = noisy_NE if score.gates_from_logits(cfg) else score_NE
+    gate_NK, gate_cache = score.gates_forward(read_NE, expert_NK, plan.kept_NK, cfg)  # 4. gates
     aux, balance_cache = balance.balance_forward(
         clean_NE, noisy_NE, scale_NE, prob_NE, gate_NK, expert_NK, wished_NK, rank_NE, cfg
     )  # 5. balance
-    entropy_N = report.entropy_of(noisy_NE, prob_NE, cfg.score)
-    facts = report.make_report(prob_NE, entropy_N, wished_NK, plan)
+    facts = report.make_report(noisy_NE, prob_NE, wished_NK, plan, cfg.score)
     if isinstance(cfg.selection, ExpertChoice):  # the experts chose: no wish goes unheard
         facts = facts._replace(wished_E=facts.load_E, dropped=0)
-    cache = (router_cache, score_cache, share_cache, gate_cache, balance_cache)
+    cache = (cfg, router_cache, score_cache, share_cache, gate_cache, balance_cache)
     return gate_NK, aux, plan, facts, cache
 
 
@@ -53,20 +51,25 @@ def route_backward(dgate_NK: Array, daux: Array, cache: Cache) -> tuple[Array, r
     """Undo `route_forward`; who was chosen and who got a place are constants.
 
     The scores hear of the loss through the gates and the balance terms, the logits through the
-    scores and, for the smooth load and the z-loss, directly.
+    scores and, for the smooth load and the z-loss, directly. A path that is not there (None) costs
+    nothing: renormalized softmax gates without a balance term leave out the whole softmax.
 
     Shapes     dgate_NK (N, K), daux () -> dx_NC (N, C), grads
     """
-    router_cache, score_cache, share_cache, gate_cache, balance_cache = cache
+    cfg, router_cache, score_cache, share_cache, gate_cache, balance_cache = cache
     dclean_NE, dnoisy_NE, dscale_NE, dscore_NE, dgate_balance_NK = balance.balance_backward(
         daux, balance_cache
     )  # 5.
-    if share_cache is not None:
+    if share_cache is not None and dscore_NE is not None:
         dscore_NE = score.share_backward(dscore_NE, share_cache)
-    dgate_NK = dgate_NK + dgate_balance_NK
-    dlogit_NE, dscore_gate_NE = score.gates_backward(dgate_NK, gate_cache)  # 4.
-    dscore_NE = dscore_NE + dscore_gate_NE
-    dnoisy_NE = dnoisy_NE + dlogit_NE + score.score_backward(dscore_NE, score_cache)  # 2.
+    dgate_NK = router.plus(dgate_balance_NK, dgate_NK)
+    dread_NE = score.gates_backward(dgate_NK, gate_cache)  # 4.
+    if score.gates_from_logits(cfg):
+        dnoisy_NE = router.plus(dnoisy_NE, dread_NE)
+    else:
+        dscore_NE = router.plus(dscore_NE, dread_NE)
+    if dscore_NE is not None:
+        dnoisy_NE = router.plus(dnoisy_NE, score.score_backward(dscore_NE, score_cache))  # 2.
     return router.router_backward(dclean_NE, dnoisy_NE, dscale_NE, router_cache)  # 1.
 
 

@@ -136,8 +136,13 @@ def kept_gate_backward(dy_NK: Array, cache: Cache) -> Array:
     return share_backward(dy_NK * kept_NK, share_cache) * kept_NK
 
 
+def gates_from_logits(cfg: MoEConfig) -> bool:
+    """Tell what `gates_forward` reads: logits (a softmax over the chosen alone), or scores."""
+    return cfg.renormalized and cfg.score == "softmax"
+
+
 def gates_forward(
-    logit_NE: Array, score_NE: Array, expert_NK: Array, kept_NK: Array, cfg: MoEConfig
+    read_NE: Array, expert_NK: Array, kept_NK: Array, cfg: MoEConfig
 ) -> tuple[Array, Cache]:
     """Weigh the chosen experts as `cfg.gate_weights` says.
 
@@ -147,39 +152,38 @@ def gates_forward(
 
     Renormalized softmax gates are computed from the logits: a softmax over the chosen alone.
 
-    Shapes     logit_NE, score_NE (N, E); expert_NK (N, K) integers; kept_NK (N, K) booleans
-               -> gate_NK (N, K)
-    Cache      (cfg, gate cache, kept cache, score_NE)
+    Shapes     read_NE (N, E), the logits or the scores, as `gates_from_logits` says;
+               expert_NK (N, K) integers; kept_NK (N, K) booleans -> gate_NK (N, K)
+    Cache      (cfg, gate cache, kept cache)
     Source     Fedus et al. 2022, eq. 2 (raw); Shazeer et al. 2017, eq. 3 (renormalized);
                DeepSeek-AI 2024, DeepSeek-V3, eq. 13 (any score; its route scale)
     """
     if not cfg.renormalized:  # 1. weights
-        gate_NK, gate_cache = router.raw_gate_forward(score_NE, expert_NK)
-    elif cfg.score == "softmax":
-        gate_NK, gate_cache = router.renormalized_gate_forward(logit_NE, expert_NK)
+        gate_NK, gate_cache = router.raw_gate_forward(read_NE, expert_NK)
+    elif gates_from_logits(cfg):
+        gate_NK, gate_cache = router.renormalized_gate_forward(read_NE, expert_NK)
     else:
-        gate_NK, gate_cache = share_gate_forward(score_NE, expert_NK)
+        gate_NK, gate_cache = share_gate_forward(read_NE, expert_NK)
     kept_cache = None
     if cfg.gate_weights == "renormalized_kept":  # 2. of the survivors alone
         gate_NK, kept_cache = kept_gate_forward(gate_NK, kept_NK)
     if cfg.gate_scale != 1.0:  # 3. scale
         gate_NK = gate_NK * cfg.gate_scale
-    return gate_NK, (cfg, gate_cache, kept_cache, score_NE)
+    return gate_NK, (cfg, gate_cache, kept_cache)
 
 
-def gates_backward(dgate_NK: Array, cache: Cache) -> tuple[Array, Array]:
-    """Undo `gates_forward`; one of the two gradients is zero.
+def gates_backward(dgate_NK: Array, cache: Cache) -> Array:
+    """Undo `gates_forward` part by part.
 
-    Shapes     dgate_NK (N, K) -> dlogit_NE, dscore_NE (N, E)
+    Shapes     dgate_NK (N, K) -> dread_NE (N, E)
     """
-    cfg, gate_cache, kept_cache, score_NE = cache
-    zero_NE = xp.zeros_like(score_NE)
+    cfg, gate_cache, kept_cache = cache
     if cfg.gate_scale != 1.0:  # 3.
         dgate_NK = dgate_NK * cfg.gate_scale
     if kept_cache is not None:  # 2.
         dgate_NK = kept_gate_backward(dgate_NK, kept_cache)
     if not cfg.renormalized:  # 1.
-        return zero_NE, router.raw_gate_backward(dgate_NK, gate_cache)
-    if cfg.score == "softmax":
-        return router.renormalized_gate_backward(dgate_NK, gate_cache), zero_NE
-    return zero_NE, share_gate_backward(dgate_NK, gate_cache)
+        return router.raw_gate_backward(dgate_NK, gate_cache)
+    if gates_from_logits(cfg):
+        return router.renormalized_gate_backward(dgate_NK, gate_cache)
+    return share_gate_backward(dgate_NK, gate_cache)

@@ -5,20 +5,29 @@ from __future__ import annotations
 from moe_numpy.backend import Array, Cache, xp
 
 
-def rotary_forward(x: Array, position_T: Array, theta: float = 10_000.0) -> tuple[Array, Cache]:
-    """Rotate each pair of channels (d, d + D/2) by position * theta^(-2d / D).
+def turns(
+    position_T: Array, D: int, theta: float = 10_000.0, dtype: str = "float64"
+) -> tuple[Array, Array]:
+    """Compute the cosine and the sine of every turn: position * theta^(-2d / D), in radians.
+
+    Shapes     position_T (T,) integers -> cos (T, 1, D/2); sin (T, 2, D/2): first -sin, then sin
+    """
+    angle = (position_T[:, None] * theta ** (-xp.arange(0, D, 2) / D))[:, None]
+    cos, sin = xp.cos(angle).astype(dtype), xp.sin(angle).astype(dtype)
+    return cos, xp.concatenate((-sin, sin), 1)
+
+
+def rotary_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, Cache]:
+    """Rotate each pair of channels (d, d + D/2) by the turn of its position.
 
         y1 = x1 cos - x2 sin,    y2 = x2 cos + x1 sin
 
-    Shapes     x (..., T, D), D even; position_T (T,) integers -> y (..., T, D)
-    Units      angles in radians
-    Cache      (cos, sin): (T, D/2) each
+    Shapes     x (..., T, D), D even; cos (T, 1, D/2), sin (T, 2, D/2), see `turns`
+               -> y (..., T, D)
+    Cache      (cos, sin): no copies
     Source     Su et al. 2021, RoFormer, section 3.2; differs: channel d is paired with d + D/2
                (as GPT-NeoX and Llama in Transformers do), not with its neighbor
     """
-    D = x.shape[-1]
-    angle = position_T[:, None] * theta ** (-xp.arange(0, D, 2) / D)
-    cos, sin = xp.cos(angle).astype(x.dtype), xp.sin(angle).astype(x.dtype)
     return _rotate(x, cos, sin), (cos, sin)
 
 
@@ -32,9 +41,7 @@ def rotary_backward(dy: Array, cache: Cache) -> Array:
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    y = xp.empty_like(x)
-    y[..., :half] = x1 * cos - x2 * sin
-    y[..., half:] = x2 * cos + x1 * sin
-    return y
+    halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    y = halves * cos
+    y += halves[..., ::-1, :] * sin
+    return y.reshape(x.shape)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from moe_numpy.backend import Array, xp
 
+FEW = 16  # rows: for so few NumPy's own way is the faster one
+
 
 def sums(x: Array) -> Array:
     """Add each row up: a product with a column of ones.
@@ -14,6 +16,8 @@ def sums(x: Array) -> Array:
     Shapes     x (..., C) -> (..., 1)
     """
     C = x.shape[-1]
+    if x.size <= FEW * C:
+        return x.sum(-1, keepdims=True)
     return (x.reshape(-1, C) @ xp.ones(C, x.dtype)).reshape(*x.shape[:-1], 1)
 
 
@@ -47,6 +51,8 @@ def maximum(x: Array) -> Array:
 
     Shapes     x (..., C) -> (..., 1)
     """
+    if x.size <= FEW * x.shape[-1]:
+        return x.max(-1, keepdims=True)
     rows = x.reshape(-1, x.shape[-1])
     largest = rows[xp.arange(rows.shape[0]), rows.argmax(1)]
     return largest.reshape(*x.shape[:-1], 1)

@@ -262,7 +262,7 @@ def take_step(run: Run, pool: Executor | None = None) -> None:
     _require_finite("gradient norm", norm, run, step + 1)
     scale = 1.0 if training.clip is None else min(1.0, training.clip / max(norm, 1e-12))
     rate = training.rate_at(step)
-    optimizer.update(run.params, grads, run.state, training.optimizer, step, rate, scale)
+    optimizer.update(run.params, grads, run.state, training.optimizer, step, rate, scale, pool)
     if cfg.moe is not None and cfg.moe.bias_rate:
         _move_biases(run, report)
     _note(run.series, step, report, rate, norm)

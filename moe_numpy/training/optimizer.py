@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from concurrent.futures import Executor
 from typing import NamedTuple
 
-from moe_numpy import tree
-from moe_numpy.backend import Array, xp
+from moe_numpy import machine, tree
+from moe_numpy.backend import Array, to_host, xp
 from moe_numpy.config import SGD, AdamW
 
 # Biases with more than one axis: of heads, and of experts.
 BIASES = {"q_HD", "k_GD", "v_GD", "in_EF", "up_EF", "out_EC"}
+PARTS = 4  # that threads share out
 BLOCK = 32_768  # numbers updated at a time: their temporaries stay in the cache
 
 
@@ -48,6 +51,7 @@ def update(
     step: int,
     rate: float,
     scale: float = 1.0,
+    pool: Executor | None = None,
 ) -> None:
     """Take one step, in place.
 
@@ -58,18 +62,39 @@ def update(
     step : counted from 0; corrects the start of AdamW's averages.
     rate : learning rate of this step.
     scale : factor on every gradient (the clipping).
+    pool : threads that share the arrays out; None for one after the other.
     """
     seconds = [None] if state.second is None else tree.leaves(state.second)
     leaves = zip(
         tree.named_leaves(params), tree.leaves(grads), tree.leaves(state.first), strict=True
     )
+    jobs = []
     for i, ((name, p), g, first) in enumerate(leaves):
         decayed = p.ndim > 1 and name.rpartition(".")[2] not in BIASES
         decay = 1.0 - rate * cfg.weight_decay if decayed else 1.0
         if isinstance(cfg, AdamW):
-            _adamw(p, g, first, seconds[i], cfg, step, rate, scale, decay)
+            arrays = (p, g, first, seconds[i])
+            for part in _busy_experts(name, arrays) if cfg.skip_idle else [arrays]:
+                jobs.append((_adamw, (*part, cfg, step, rate, scale, decay)))
         else:
-            _sgd(p, g, first, cfg, rate, scale, decay)
+            jobs.append((_sgd, (p, g, first, cfg, rate, scale, decay)))
+    jobs.sort(key=lambda job: -job[1][0].size)  # parts of about equal work
+    parts = [functools.partial(_run, jobs[i::PARTS]) for i in range(PARTS)]
+    machine.share_out(parts, pool)
+
+
+def _run(jobs: list[tuple]) -> None:
+    for work, arguments in jobs:
+        work(*arguments)
+
+
+def _busy_experts(name: str, arrays: tuple[Array, ...]) -> list[tuple[Array, ...]]:
+    """Cut the arrays of the experts (p, g, and so on) into those of each that has a gradient."""
+    p, g, *_ = arrays
+    if p.ndim == 1 or not name.rpartition("_")[2].startswith("E"):
+        return [arrays]
+    busy_E = to_host(g.reshape(g.shape[0], -1).any(1))
+    return [tuple(array[e] for array in arrays) for e, busy in enumerate(busy_E) if busy]
 
 
 def _adamw(
@@ -83,23 +108,31 @@ def _adamw(
     scale: float,
     decay: float,
 ) -> None:
-    correction1 = 1.0 - cfg.beta1 ** (step + 1)
-    correction2 = 1.0 - cfg.beta2 ** (step + 1)
+    """Update one array, block by block and in as few passes as there are.
+
+    With the corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t,
+        rate (m / c1) / (sqrt(v / c2) + eps) = (rate sqrt(c2) / c1) m / (sqrt(v) + eps sqrt(c2)):
+    all that is corrected are two numbers (Kingma and Ba 2015, the end of section 2).
+    """
+    root2 = math.sqrt(1.0 - cfg.beta2 ** (step + 1))
+    rate *= root2 / (1.0 - cfg.beta1 ** (step + 1))
     p, g, first, second = (a.reshape(-1) for a in (p, g, first, second))
     for start in range(0, p.size, BLOCK):
         block = slice(start, start + BLOCK)
-        m, v, gradient = first[block], second[block], g[block] * scale
+        w, m, v = p[block], first[block], second[block]
+        x = g[block] * (scale * (1.0 - cfg.beta1))  # the one temporary of a block
         m *= cfg.beta1
-        m += (1.0 - cfg.beta1) * gradient
+        m += x
+        x *= x
+        x *= (1.0 - cfg.beta2) / (1.0 - cfg.beta1) ** 2
         v *= cfg.beta2
-        gradient *= gradient
-        gradient *= 1.0 - cfg.beta2
-        v += gradient
-        size = xp.sqrt(v)
-        size *= 1.0 / math.sqrt(correction2)
-        size += cfg.eps
-        p[block] *= decay
-        p[block] -= (rate / correction1) * m / size
+        v += x
+        xp.sqrt(v, out=x)
+        x += cfg.eps * root2
+        xp.divide(m, x, out=x)
+        x *= rate
+        w *= decay
+        w -= x
 
 
 def _sgd(

@@ -7,11 +7,10 @@ added up in their own order, so the number of threads changes no bit.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 from concurrent.futures import Executor
 
-from moe_numpy import tree
+from moe_numpy import machine, tree
 from moe_numpy.backend import Array, xp
 from moe_numpy.config import ModelConfig
 from moe_numpy.moe.report import MoEReport
@@ -49,12 +48,7 @@ def gradients(
         own = noise and tuple(None if layer is None else layer[rows] for layer in noise)
         batch = (token_BT[first : first + step], target_BT[first : first + step])
         jobs.append(functools.partial(_one, *batch, params, cfg, own, smoothing, 1.0 / shards))
-    if pool is None:
-        results = [job() for job in jobs]
-    else:  # every thread works in a copy of this one's context, in which NumPy keeps its settings
-        waiting = [pool.submit(contextvars.copy_context().run, job) for job in jobs]
-        results = [future.result() for future in waiting]
-    reports, grads = zip(*results, strict=True)
+    reports, grads = zip(*machine.share_out(jobs, pool), strict=True)
     return _merge(reports), functools.reduce(_add, grads)
 
 

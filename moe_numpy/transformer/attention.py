@@ -48,6 +48,12 @@ class KeyValues:
         self.length = 0
         self._k_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
         self._v_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
+        self._cos, self._sin = rotary.turns(xp.arange(cfg.context), D, cfg.theta, dtype)
+
+    def turns(self, T: int) -> tuple[Array, Array]:
+        """Return the rotary turns of the T positions that come next."""
+        here = slice(self.length, self.length + T)
+        return self._cos[here], self._sin[here]
 
     def append(self, k_BGTD: Array, v_BGTD: Array) -> tuple[Array, Array]:
         """Add T positions; return views of all keys and values, (B, G, S, D) each."""
@@ -117,7 +123,7 @@ def qk_norm_backward(dy_BHTD: Array, cache: Cache) -> tuple[Array, Array | None]
 
 def scores_forward(
     q_BHTD: Array,
-    k_BHSD: Array,
+    k_BGSD: Array,
     sink_H: Array | None = None,
     scale: float | None = None,
     cap: float | None = None,
@@ -127,17 +133,18 @@ def scores_forward(
 
         a = softmax over s <= t of cap(scale <q[t], k[s]>),    cap(z) = cap * tanh(z / cap)
 
-    The T queries are the last T of the S positions. With a sink the weights sum to less than one.
+    The T queries are the last T of the S positions. Each of G key heads serves H / G query heads.
+    With a sink the weights sum to less than one.
 
-    Shapes     q_BHTD (B, H, T, D); k_BHSD (B, H, S, D), S at least T; sink_H (H,) or None;
+    Shapes     q_BHTD (B, H, T, D); k_BGSD (B, G, S, D), S at least T; sink_H (H,) or None;
                scale None for 1 / sqrt(D); cap None for none -> a_BHTS (B, H, T, S)
-    Cache      (has_sink, softmax cache, cap cache, q_BHTD, k_BHSD, scale): 4*B*H*T*S bytes in
+    Cache      (has_sink, softmax cache, cap cache, q_BHTD, k_BGSD, scale): 4*B*H*T*S bytes in
                float32 beside the inputs, twice that with a cap
     Source     Vaswani et al. 2017, eq. 1; the cap: Grok-1; the sink: gpt-oss
     """
-    T, S, D = q_BHTD.shape[2], k_BHSD.shape[2], q_BHTD.shape[3]
+    (B, H, T, D), (_, G, S, _) = q_BHTD.shape, k_BGSD.shape
     scale = 1.0 / math.sqrt(D) if scale is None else scale
-    z_BHTS = q_BHTD @ k_BHSD.swapaxes(2, 3)  # 1. scores
+    z_BHTS = (_by_group(q_BHTD, G) @ k_BGSD.swapaxes(2, 3)).reshape(B, H, T, S)  # 1. scores
     z_BHTS *= scale  # 2. scale
     cap_cache = None
     if cap is not None:
@@ -150,19 +157,19 @@ def scores_forward(
         a_BHTS, a_cache = softmax.sink_softmax_forward(z_BHTS, sink_H)
     else:
         a_BHTS, a_cache = softmax.softmax_forward(z_BHTS)
-    return a_BHTS, (has_sink, a_cache, cap_cache, q_BHTD, k_BHSD, scale)
+    return a_BHTS, (has_sink, a_cache, cap_cache, q_BHTD, k_BGSD, scale)
 
 
 def scores_backward(da_BHTS: Array, cache: Cache) -> tuple[Array, Array, Array | None]:
     """Undo `scores_forward`.
 
     The softmax gives no gradient where a = 0, so the future needs no mask here; then
-        dq = scale dz k,    dk = scale dz^T q.
+        dq = scale dz k,    dk = scale dz^T q, summed over the query heads that k served.
 
-    Shapes     da_BHTS (B, H, T, S) -> dq_BHTD (B, H, T, D), dk_BHSD (B, H, S, D), dsink_H (H,) or
+    Shapes     da_BHTS (B, H, T, S) -> dq_BHTD (B, H, T, D), dk_BGSD (B, G, S, D), dsink_H (H,) or
                None
     """
-    has_sink, a_cache, cap_cache, q_BHTD, k_BHSD, scale = cache
+    has_sink, a_cache, cap_cache, q_BHTD, k_BGSD, scale = cache
     dsink_H = None
     if has_sink:  # 5. and 4.
         dz_BHTS, dsink_H = softmax.sink_softmax_backward(da_BHTS, a_cache)
@@ -171,7 +178,10 @@ def scores_backward(da_BHTS: Array, cache: Cache) -> tuple[Array, Array, Array |
     if cap_cache is not None:
         dz_BHTS = softmax.soft_cap_backward(dz_BHTS, cap_cache)  # 3.
     dz_BHTS *= scale  # 2.
-    return dz_BHTS @ k_BHSD, dz_BHTS.swapaxes(2, 3) @ q_BHTD, dsink_H  # 1.
+    G = k_BGSD.shape[1]
+    dz = _by_group(dz_BHTS, G)
+    dk_BGSD = dz.swapaxes(2, 3) @ _by_group(q_BHTD, G)  # 1.
+    return (dz @ k_BGSD).reshape(q_BHTD.shape), dk_BGSD, dsink_H
 
 
 def attention_forward(
@@ -188,7 +198,7 @@ def attention_forward(
     Cache      the inputs of every product, and the weights a_BHTS
     Source     Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023, GQA
     """
-    start = 0 if kv is None else kv.length
+    T, D = x_BTC.shape[1], cfg.head_width
     q_BHTD, q_cache = _to_heads(x_BTC, params.q_CHD, params.q_HD)  # 1. project
     k_BGTD, k_cache = _to_heads(x_BTC, params.k_CGD, params.k_GD)
     v_BGTD, v_cache = _to_heads(x_BTC, params.v_CGD, params.v_GD)
@@ -198,42 +208,41 @@ def attention_forward(
         k_BGTD, k_norm = qk_norm_forward(k_BGTD, params.k_gain, cfg.qk_norm, cfg.norm_eps)
         norms = (q_norm, k_norm)
     if cfg.positions == "rotary":  # 3. positions
-        position_T = xp.arange(start, start + x_BTC.shape[1])
-        q_BHTD, q_turn = rotary.rotary_forward(q_BHTD, position_T, cfg.theta)
-        k_BGTD, k_turn = rotary.rotary_forward(k_BGTD, position_T, cfg.theta)
-        turns = (q_turn, k_turn)
+        turns = rotary.turns(xp.arange(T), D, cfg.theta, x_BTC.dtype) if kv is None else kv.turns(T)
+        q_BHTD, _ = rotary.rotary_forward(q_BHTD, *turns)
+        k_BGTD, _ = rotary.rotary_forward(k_BGTD, *turns)
     k_BGSD, v_BGSD = (k_BGTD, v_BGTD) if kv is None else kv.append(k_BGTD, v_BGTD)
-    k_BHSD, v_BHSD = _share(k_BGSD, cfg), _share(v_BGSD, cfg)  # 4. one copy for each query head
     knobs = (cfg.attention_scale, cfg.logit_cap, cfg.causal)
-    a_BHTS, scores_cache = scores_forward(q_BHTD, k_BHSD, params.sink_H, *knobs)  # 5. weights
-    o_BTA = _merge(a_BHTS @ v_BHSD)  # 6. weighted values
+    a_BHTS, scores_cache = scores_forward(q_BHTD, k_BGSD, params.sink_H, *knobs)  # 4. weights
+    G = v_BGSD.shape[1]
+    o_BHTD = (_by_group(a_BHTS, G) @ v_BGSD).reshape(q_BHTD.shape)  # 5. weighted values
+    o_BTA = _merge(o_BHTD)
     out_AC = params.out_HDC.reshape(o_BTA.shape[2], -1)
-    y_BTC, out_cache = linear.linear_forward(o_BTA, out_AC, params.out_C)  # 7. merge
+    y_BTC, out_cache = linear.linear_forward(o_BTA, out_AC, params.out_C)  # 6. merge
     caches = ((q_cache, k_cache, v_cache), norms, turns, scores_cache, out_cache)
-    return y_BTC, (*caches, a_BHTS, v_BHSD, params)
+    return y_BTC, (*caches, a_BHTS, v_BGSD, params)
 
 
 def attention_backward(dy_BTC: Array, cache: Cache) -> tuple[Array, AttentionParams]:
     """Undo `attention_forward`.
 
-    o = a v is a product: da = do v^T and dv = a^T do. A shared key/value head collects the
-    gradients of all query heads it served; x was read three times.
+    o = a v is a product: da = do v^T and dv = a^T do, summed over all query heads that a shared
+    key/value head served; x was read three times.
 
     Shapes     dy_BTC (B, T, C) -> dx_BTC (B, T, C), grads
     """
-    inputs, norms, turns, scores_cache, out_cache, a_BHTS, v_BHSD, params = cache
+    inputs, norms, turns, scores_cache, out_cache, a_BHTS, v_BGSD, params = cache
     q_cache, k_cache, v_cache = inputs
     H, D, C = params.out_HDC.shape
-    do_BTA, dout_AC, *dout_C = linear.linear_backward(dy_BTC, out_cache)  # 7.
-    do_BHTD = _split(do_BTA, H)
-    da_BHTS = do_BHTD @ v_BHSD.swapaxes(2, 3)  # 6.
-    dv_BHSD = a_BHTS.swapaxes(2, 3) @ do_BHTD
-    dq_BHTD, dk_BHSD, dsink_H = scores_backward(da_BHTS, scores_cache)  # 5.
-    G = params.k_CGD.shape[1]
-    dk_BGSD, dv_BGSD = _collect(dk_BHSD, G), _collect(dv_BHSD, G)  # 4.
+    do_BTA, dout_AC, *dout_C = linear.linear_backward(dy_BTC, out_cache)  # 6.
+    G = v_BGSD.shape[1]
+    do = _by_group(_split(do_BTA, H), G)
+    da_BHTS = (do @ v_BGSD.swapaxes(2, 3)).reshape(a_BHTS.shape)  # 5.
+    dv_BGSD = _by_group(a_BHTS, G).swapaxes(2, 3) @ do
+    dq_BHTD, dk_BGSD, dsink_H = scores_backward(da_BHTS, scores_cache)  # 4.
     if turns is not None:  # 3.
-        dq_BHTD = rotary.rotary_backward(dq_BHTD, turns[0])
-        dk_BGSD = rotary.rotary_backward(dk_BGSD, turns[1])
+        dq_BHTD = rotary.rotary_backward(dq_BHTD, turns)
+        dk_BGSD = rotary.rotary_backward(dk_BGSD, turns)
     dq_gain = dk_gain = None
     if norms is not None:  # 2.
         dq_BHTD, dq_gain = qk_norm_backward(dq_BHTD, norms[0])
@@ -270,11 +279,12 @@ def _merge(x_BHTD: Array) -> Array:
     return x_BHTD.swapaxes(1, 2).reshape(B, T, H * D)
 
 
-def _share(x_BGSD: Array, cfg: ModelConfig) -> Array:
-    groups = cfg.heads // x_BGSD.shape[1]
-    return x_BGSD if groups == 1 else xp.repeat(x_BGSD, groups, axis=1)
+def _by_group(x: Array, G: int) -> Array:
+    """Put the rows of all query heads that share a key/value head below each other.
 
+    One product per key/value head serves them all, and a product over these rows sums over them.
 
-def _collect(dx_BHSD: Array, G: int) -> Array:
-    B, H, S, D = dx_BHSD.shape
-    return dx_BHSD if G == H else dx_BHSD.reshape(B, G, H // G, S, D).sum(2)
+    Shapes     x (B, H, T, ...) -> (B, G, H / G * T, ...)
+    """
+    B, H, T, last = x.shape
+    return x.reshape(B, G, H // G * T, last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from numpy.random import Generator, default_rng
@@ -31,18 +32,22 @@ def sampling_probabilities(
     """
     _check_sampling(temperature, top_k, top_p)
     logits_V = logits_V.astype("float64")
-    order = xp.argsort(-logits_V, kind="stable")
+    below_V = logits_V - logits_V.max()
     if temperature == 0:
-        top_k, temperature = 1, 1.0
-    best = order[: logits_V.size if top_k is None else top_k]
-    below = logits_V[best] - logits_V[best[0]]
+        prob_V = xp.zeros_like(below_V)
+        prob_V[logits_V.argmax()] = 1.0
+        return prob_V
     # The bound keeps the quotient finite at tiny temperatures; beyond it the probability is zero.
-    prob, _ = softmax.softmax_forward(xp.maximum(below, -1000.0 * temperature) / temperature)
+    prob_V, _ = softmax.softmax_forward(xp.maximum(below_V, -1000.0 * temperature) / temperature)
+    if top_k is None and top_p == 1:
+        return prob_V
+    order = xp.argsort(-logits_V, kind="stable")[:top_k]  # the tokens that are left, best first
+    prob = prob_V[order] / prob_V[order].sum()
     before = xp.concatenate((xp.zeros(1), xp.cumsum(prob)[:-1]))
     prob = prob * (before < top_p)
-    result = xp.zeros_like(logits_V)
-    result[best] = prob / prob.sum()
-    return result
+    prob_V = xp.zeros_like(prob_V)
+    prob_V[order] = prob / prob.sum()
+    return prob_V
 
 
 def generate(
@@ -82,7 +87,8 @@ def generate(
         raise ValueError("generate: the prompt must hold at least one token, got none. Give one.")
     linear.check_vocabulary("generate", xp.asarray(prompt_T), cfg.vocab_size)
     knobs = (temperature, top_k, top_p)
-    return _continue(history, params, cfg.evaluation(), tokens, default_rng(rng), knobs)
+    cfg = dataclasses.replace(cfg.evaluation(), recompute=True)  # no layer's cache is kept
+    return _continue(history, params, cfg, tokens, default_rng(rng), knobs)
 
 
 def _continue(

@@ -1,0 +1,174 @@
+"""The records of the benchmark as figures: the races, and what each step of speed gained."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from moe_numpy.lab.bench_report import gain, labels, machine_line
+from moe_numpy.lab.plots import BAD, COLORS, GOOD, NEUTRAL
+
+
+def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
+    """Draw the time of every rival over ours, with the spread of the rounds; the line is at one."""
+    names, found = [], []
+    for row in record["rows"]:
+        if row["row"] in ("step", "generation"):
+            threads = row.get("threads", record["threads"])
+            for side in row["sides"][1:]:
+                name = f"{row['row']}, {row['name']}: {side['name']} ({threads} thr.)"
+                names.append(textwrap.fill(name, 36))
+                found.append(side["ratio"])
+    for y, ratio in enumerate(found):
+        color = GOOD if ratio["median"] >= 1 else BAD
+        ax.hlines(y, ratio["low"], ratio["high"], color=color, linewidth=2, alpha=0.5)
+        ax.plot(ratio["median"], y, "o", color=color)
+        ax.text(ratio["median"], y - 0.18, f"{ratio['median']:.2f}", ha="center", fontsize=8)
+    ax.axvline(1.0, color=NEUTRAL, linewidth=0.8, linestyle="--")
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set(xscale="log", xlabel="its time / our time (dot: median of rounds, bar: all rounds)")
+    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16) if _inside(t, ax.get_xlim())]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    ax.set_ylim(len(names) - 0.5, -0.7)
+    ax.set_title("Against PyTorch on the same processor")
+    return ax
+
+
+def plot_experts(ax: Axes, record: dict[str, Any], name: str) -> Axes:
+    """Draw what a layer costs over its number of experts: ours in full lines, others in dots."""
+    rows = [row for row in record["rows"] if row["row"] == "layer" and row["name"] == name]
+    if not rows:
+        ax.set_axis_off()
+        return ax
+    for style, k in zip(("o-", "s--"), sorted({row["top_k"] for row in rows}), strict=False):
+        own = [row for row in rows if row["top_k"] == k]
+        experts = [row["experts"] for row in own]
+        for i, side in enumerate(own[0]["sides"]):
+            times = [row["sides"][i]["milliseconds"]["median"] for row in own]
+            label = f"{side['name']}, top-{k}"
+            width = 2.0 if i == 0 else 1.0
+            ax.loglog(experts, times, style, color=COLORS[i], linewidth=width, label=label)
+    ax.set_title(f"Layer alone, {name}: hidden {rows[0]['hidden']}, {rows[0]['tokens']} tokens")
+    ax.set_xticks(experts, [str(E) for E in experts])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.legend(fontsize=7)
+    ax.set(xlabel="experts", ylabel="forward and backward (ms)")
+    return ax
+
+
+def plot_shares(ax: Axes, record: dict[str, Any]) -> Axes:
+    """Split a step into its matrix products, as they run alone, and all the rest."""
+    rows = [row for row in record["rows"] if row["row"] == "step"]
+    if not rows:
+        ax.set_axis_off()
+        return ax
+    for y, row in enumerate(rows):
+        whole = row["sides"][0]["milliseconds"]["median"]
+        share = row["products"]["share"]["median"]
+        ax.barh(y, share * whole, color=GOOD, label="matrix products alone" if not y else None)
+        ax.barh(y, (1 - share) * whole, left=share * whole, color=COLORS[1])
+        ax.text(whole, y, f" {1 / share:.2f} times", va="center", fontsize=8)
+    ax.barh(0, 0, color=COLORS[1], label="everything else")
+    ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    ax.margins(x=0.2)
+    ax.invert_yaxis()
+    ax.set_xlabel("a training step (ms)")
+    ax.set_title("Where the time goes")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def plot_memory(ax: Axes, record: dict[str, Any]) -> Axes:
+    """Draw the largest memory of a process that trains: ours, and the least of PyTorch's."""
+    rows = [row for row in record["rows"] if row["row"] == "step"]
+    if not rows:
+        ax.set_axis_off()
+        return ax
+    for y, row in enumerate(rows):
+        ours, *others = (side["peak"] / 2**20 for side in row["sides"])
+        ax.barh(y - 0.2, ours, height=0.38, color=GOOD, label=None if y else "moe_numpy")
+        share = f" {ours:.0f}"
+        if others:
+            least = min(others)
+            share += f": {ours / least:.2f} of it"
+            label = None if y else "PyTorch, the one with least"
+            ax.barh(y + 0.2, least, height=0.38, color=COLORS[1], label=label)
+            ax.text(least, y + 0.2, f" {least:.0f}", va="center", fontsize=8)
+        ax.text(ours, y - 0.2, share, va="center", fontsize=8)
+    ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    ax.margins(x=0.15, y=0.15)
+    ax.invert_yaxis()
+    ax.set(xlabel="MiB at most, whole process", title="Memory of a training process")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def plot_lengths(ax: Axes, record: dict[str, Any]) -> Axes:
+    """Draw what each token of a generated text takes, by its place."""
+    rows = [row for row in record["rows"] if row["row"] == "generation"]
+    if not rows:
+        ax.set_axis_off()
+        return ax
+    times = rows[0]["by_length"]
+    ax.plot(range(1, len(times) + 1), times, color=GOOD, label=rows[0]["sides"][0]["name"])
+    for color, side in zip(COLORS[1:], rows[0]["sides"][1:], strict=False):
+        mean = side["milliseconds"]["median"] / rows[0]["tokens"]
+        ax.axhline(mean, color=color, linestyle="--", label=f"{side['name']}, mean")
+    ax.set_ylim(bottom=0)
+    ax.set(xlabel="token written", ylabel="ms a token, one thread", title="Generation with a cache")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def speed_figure(record: dict[str, Any]) -> Figure:
+    """Tell the races in one figure: ratios, time and memory of a step, layers, generation."""
+    figure = Figure(figsize=(17, 8.5), layout="constrained", dpi=110)
+    axes = figure.subplots(2, 3)
+    plot_ratios(axes[0, 0], record)
+    plot_shares(axes[0, 1], record)
+    plot_memory(axes[0, 2], record)
+    plot_experts(axes[1, 0], record, "wide")
+    plot_experts(axes[1, 1], record, "fine-grained")
+    plot_lengths(axes[1, 2], record)
+    figure.suptitle("Speed of a training step, a layer and generation", fontsize=13)
+    figure.supxlabel(machine_line(record), fontsize=8)
+    return figure
+
+
+def steps_figure(record: dict[str, Any]) -> Figure:
+    """Draw what each step of speed gains, a bar for every model with the spread of the rounds."""
+    rows = record["rows"]
+    steps = max((row["steps"] for row in rows), key=len)
+    figure = Figure(figsize=(10, 1.6 + 0.62 * len(steps)), layout="constrained", dpi=110)
+    ax = figure.subplots()
+    for i, row in enumerate(rows):
+        found = [(y, gain(row, step)) for y, step in enumerate(steps)]
+        found = [(y + 0.26 * (i - 1), ratio) for y, ratio in found if ratio is not None]
+        places = [y for y, _ in found]
+        medians = np.array([ratio["median"] for _, ratio in found])
+        ends = np.array([[ratio["low"], ratio["high"]] for _, ratio in found]).T
+        reach = np.abs(ends - medians)
+        style = {"height": 0.24, "color": COLORS[i], "ecolor": NEUTRAL, "label": row["name"]}
+        ax.barh(places, medians - 1, left=1, xerr=reach, **style)
+        for y, median, end in zip(places, medians, ends[1], strict=True):
+            ax.text(max(end, 1.0), y, f" {median:.2f}", va="center", fontsize=8)
+    ax.axvline(1.0, color=NEUTRAL, linewidth=0.8)
+    ax.set_yticks(range(len(steps)), labels(rows), fontsize=9)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlim(left=max(0.0, min(1.0, *(bar.get_x() for bar in ax.patches)) - 0.1))
+    ax.set_xlabel("time of a training step without it / with it (bar: median; line: all rounds)")
+    ax.set_title("What each step of speed gains, taken back one at a time")
+    ax.legend(fontsize=8)
+    figure.supxlabel(machine_line(record), fontsize=7)
+    return figure
+
+
+def _inside(x: float, limits: tuple[float, float]) -> bool:
+    return limits[0] <= x <= limits[1]

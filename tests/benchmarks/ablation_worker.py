@@ -1,0 +1,55 @@
+"""Our own side with one step of speed taken back: `without` of the specification names it."""
+
+import contextlib
+import functools
+
+from plain import TWINS
+
+from moe_numpy import machine
+from moe_numpy.classroom import registry
+from moe_numpy.lab import bench_process, bench_work
+from moe_numpy.training import loop, optimizer
+
+until_the_end = contextlib.ExitStack()
+
+
+def build(spec):
+    """Take the step back, which nothing undoes in this process, and build the work."""
+    without = spec["without"]
+    if without in TWINS:
+        for name, twin in TWINS[without].items():
+            until_the_end.enter_context(registry.swap(name, twin))
+    else:
+        SETTINGS[without](spec)
+    return bench_work.build(spec)
+
+
+def give_memory_back(spec):
+    """Let the C library return large arrays to the system."""
+    machine.keep_memory = lambda: None
+
+
+def one_shard(spec):
+    """Leave the batch whole; the threads meet in the matrix products alone."""
+    spec["training"]["shards"] = 1
+
+
+def one_block(spec):
+    """Update every array in one go."""
+    optimizer.BLOCK = 1 << 62
+
+
+def double_precision(spec):
+    """Compute with numbers of twice the size."""
+    loop.new_run = functools.partial(loop.new_run, dtype="float64")
+
+
+SETTINGS = {
+    "memory": give_memory_back,
+    "shards": one_shard,
+    "blocks": one_block,
+    "float32": double_precision,
+}
+
+if __name__ == "__main__":
+    bench_process.serve(build)

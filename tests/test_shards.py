@@ -1,0 +1,231 @@
+"""Shards of a batch: their mean, the same bits on any number of threads, and the machine's part."""
+
+import ctypes
+import functools
+import importlib
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from moe_numpy import machine, tree
+from moe_numpy.config import Capacity, LearnedNoise, LoadLoss, SwitchLoss, TrainingConfig
+from moe_numpy.training import loop, shards
+from moe_numpy.transformer import model
+
+ROOT = Path(__file__).parent.parent
+B, SHARDS = 6, 3
+T = 16
+LAYERS = {
+    "dense": None,
+    "no limit": tiny.moe(),
+    "noise, places, losses": tiny.moe(
+        noise=LearnedNoise(), capacity=Capacity(factor=0.7), balance=(SwitchLoss(), LoadLoss())
+    ),
+}
+
+
+def drawn(cfg, dtype="float64"):
+    """Draw a batch, parameters and noise."""
+    rng = np.random.default_rng(4)
+    token_BT, target_BT = rng.integers(0, cfg.vocab_size, (2, B, T))
+    params = model.init_model(rng, cfg, dtype)
+    return token_BT, target_BT, params, cfg, model.draw_noise(rng, cfg, B * T, dtype)
+
+
+def alone(shard, token_BT, target_BT, params, cfg, noise):
+    """Compute the report and the gradients of one shard as if it were the whole batch."""
+    size = B // SHARDS
+    own = slice(shard * size, (shard + 1) * size)
+    noise = noise and [None if n is None else n.reshape(B, T, -1)[own] for n in noise]
+    noise = noise and tuple(None if n is None else n.reshape(size * T, -1) for n in noise)
+    one, report, cache = model.loss_forward(token_BT[own], target_BT[own], params, cfg, noise)
+    return report, model.loss_backward(np.ones_like(one), cache)
+
+
+def assert_close(found, expected):
+    for (name, a), b in zip(tree.named_leaves(found), tree.leaves(expected), strict=True):
+        size = max(np.abs(b).max(initial=0.0), 1e-9)
+        assert np.abs(a - b).max(initial=0.0) < 1e-12 * size, name
+
+
+def same_bits(found, expected):
+    """Compare reports and gradients; the count of drops is a plain number."""
+    return tiny.same_bits(tree.map(np.asarray, found), tree.map(np.asarray, expected))
+
+
+@pytest.fixture
+def two_threads():
+    pytest.importorskip("threadpoolctl")
+    with machine.workers(2) as pool:
+        yield pool
+
+
+# ------------------------------------------------------------------------------------------ shards
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_gradient_is_the_mean_of_the_shards_each_run_alone(name):
+    batch = drawn(tiny.model(LAYERS[name]))
+    report, grads = shards.gradients(*batch, shards=SHARDS)
+    reports, each = zip(*(alone(s, *batch) for s in range(SHARDS)), strict=True)
+    assert_close(grads, tree.map(lambda *parts: sum(parts) / SHARDS, *each))
+    for field in ("cross_entropy", "aux"):
+        mean = sum(getattr(r, field) for r in reports) / SHARDS
+        np.testing.assert_allclose(getattr(report, field), mean, rtol=1e-13)
+    assert len(report.layers) == (0 if name == "dense" else 2)
+    for at, layer in enumerate(report.layers):
+        for field in ("wished_E", "load_E", "dropped"):
+            parts = [getattr(r.layers[at], field) for r in reports]
+            assert np.array_equal(getattr(layer, field), np.sum(parts, axis=0))
+        for field in ("decisiveness", "gate_entropy"):
+            parts = [getattr(r.layers[at], field) for r in reports]
+            np.testing.assert_allclose(getattr(layer, field), np.mean(parts), rtol=1e-13)
+    if name == "noise, places, losses":
+        assert all(layer.dropped > 0 for layer in report.layers)
+
+
+def test_one_shard_is_the_plain_batch_to_the_bit():
+    batch = drawn(tiny.model(LAYERS["noise, places, losses"]), "float32")
+    loss, report, cache = model.loss_forward(*batch)
+    found = shards.gradients(*batch)
+    assert same_bits(found, (report, model.loss_backward(np.ones_like(loss), cache)))
+
+
+@pytest.mark.parametrize("name", ["dense", "no limit"])
+def test_without_limits_and_losses_shards_differ_by_rounding_alone(name):
+    batch = drawn(tiny.model(LAYERS[name]))
+    one, many = shards.gradients(*batch), shards.gradients(*batch, shards=SHARDS)
+    assert_close(many[1], one[1])
+
+
+def test_shards_are_the_routing_groups_of_their_size():
+    """Places and losses of a shard are those of a group of as many tokens."""
+    group = B // SHARDS * T
+
+    def grouped(size):
+        capacity = Capacity(factor=0.7, group=size)
+        return drawn(tiny.model(tiny.moe(capacity=capacity, balance=(SwitchLoss(group=size),))))
+
+    in_groups = shards.gradients(*grouped(group))
+    in_shards = shards.gradients(*grouped(None), shards=SHARDS)
+    together = shards.gradients(*grouped(None))
+    assert_close(in_shards[1], in_groups[1])
+    np.testing.assert_allclose(in_shards[0].aux, in_groups[0].aux, rtol=1e-13)
+    assert [r.dropped for r in in_shards[0].layers] == [r.dropped for r in in_groups[0].layers]
+    assert abs(together[0].aux - in_shards[0].aux) > 1e-6
+    assert [r.dropped for r in together[0].layers] != [r.dropped for r in in_shards[0].layers]
+
+
+# ----------------------------------------------------------------------------------------- threads
+@pytest.mark.parametrize("name", LAYERS)
+def test_threads_change_no_bit_of_the_gradients(name, two_threads):
+    batch = drawn(tiny.model(LAYERS[name]), "float32")
+    one = shards.gradients(*batch, shards=SHARDS)
+    assert same_bits(shards.gradients(*batch, shards=SHARDS, pool=two_threads), one)
+
+
+def test_threads_change_no_bit_of_a_training_run():
+    pytest.importorskip("threadpoolctl")
+    runs = []
+    for threads in (1, 2):
+        runs.append(tiny.run(LAYERS["noise, places, losses"], shards=2))
+        loop.train(runs[-1], show_progress=False, threads=threads)
+    assert tiny.same_run(*runs)
+
+
+def test_threads_work_under_the_settings_of_the_one_that_called_them(two_threads):
+    batch = drawn(tiny.model(), "float32")
+    batch[2].token_VC[:] = 3e38
+    with pytest.raises(FloatingPointError):
+        shards.gradients(*batch, shards=2, pool=two_threads)
+    with np.errstate(all="ignore"):
+        shards.gradients(*batch, shards=2, pool=two_threads)
+
+
+def test_every_thread_multiplies_alone_and_afterwards_all_is_as_before():
+    control = pytest.importorskip("threadpoolctl")
+    a = np.ones((4, 4))
+
+    def threads():
+        _ = a @ a
+        return [lib["num_threads"] for lib in control.threadpool_info()]
+
+    with control.threadpool_limits(2, user_api="blas"):
+        before = threads()
+        with machine.workers(2) as pool:
+            assert set(pool.submit(threads).result()) == {1}
+        assert threads() == before
+
+
+def test_without_the_library_or_with_one_thread_there_is_no_pool(monkeypatch):
+    with machine.workers(1) as pool:
+        assert pool is None
+
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with machine.workers(2) as pool:
+        assert pool is None
+    assert machine.cores() >= 1
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(4, 3), (4, 8)])
+def test_a_batch_that_shards_do_not_divide_is_refused(batch, parts):
+    with pytest.raises(ValueError, match=rf"multiple of shards \({parts}\), got {batch}"):
+        TrainingConfig(batch=batch, shards=parts)
+    with pytest.raises(ValueError, match="shards must be a whole number of at least 1, got 0"):
+        TrainingConfig(shards=0)
+
+
+# ------------------------------------------------------------------------------------------ memory
+FAULTS = """
+import resource
+import numpy as np
+from moe_numpy import machine
+from moe_numpy.training import loop
+from moe_numpy.transformer import generation
+def faults():  # in giving ten megabytes back and taking them again
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        [np.ones(125_000) for _ in range(10)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+before = faults()
+machine.keep_memory()
+faults()
+print(before, faults())
+"""
+
+
+def test_memory_is_kept_on_request_and_not_on_import():
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only the GNU C library is told to keep memory")
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert after < 20 < 500 < before
+
+
+@pytest.mark.parametrize("library", [functools.partial(object), None], ids=["other", "none"])
+def test_other_c_libraries_are_left_as_they_are(library, monkeypatch):
+    def load(_name):
+        if library is None:
+            raise OSError("no such library")
+        return library()
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    machine.keep_memory()
+
+
+def test_training_keeps_memory_and_gives_the_same_bits(monkeypatch):
+    asked = []
+    kept = tiny.trained()
+    monkeypatch.setattr(machine, "keep_memory", lambda: asked.append(True))
+    assert tiny.same_run(tiny.trained(), kept)
+    assert asked == [True]
