@@ -1,6 +1,7 @@
 """The ledger counts what is there: published models to their digits, laptop ones to the number."""
 
 import dataclasses
+import math
 from collections import Counter
 
 import numpy as np

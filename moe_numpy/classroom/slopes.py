@@ -16,8 +16,8 @@ import numpy as np
 from moe_numpy.classroom.contract import DISCRETE, Case, CaseResult, Point, bits, covers
 
 LIMIT = 1e-7  # relative error of a tensor; correct code sits at 1e-13 to 1e-9
-DENSE = 160  # every element of a case of up to so many numbers, else so many random directions of
-DIRECTIONS = 8  # each tensor: a large case is made of parts that have their own
+DENSE, DENSE_CASE = 200, 600  # every element up to so many in the tensor, and in the whole case,
+DIRECTIONS = 8  # else so many random directions: a large case is made of parts that have their own
 EXPLAIN = 1000  # a tensor that failed is probed again by element, up to this size, to say where
 STEPS = (5e-4, 5e-5, 5e-6)  # the next one is taken when the last changed a decision
 CLOSE = 1e-6  # relative; how well a hypothesis about a wrong gradient must fit
@@ -78,8 +78,11 @@ def compare(
     point: Point, analytic: dict[str, np.ndarray], case: Case, rng: np.random.Generator
 ) -> CaseResult:
     """Probe every leaf and judge it; probe a wrong one again by element, to explain it."""
-    small = sum(array.size for array in point.leaves.values()) <= DENSE
-    slopes = {leaf: _probe(point, array, rng, small) for leaf, array in point.leaves.items()}
+    small = sum(array.size for array in point.leaves.values()) <= DENSE_CASE
+    slopes = {
+        leaf: _probe(point, array, rng, dense=small and array.size <= DENSE)
+        for leaf, array in point.leaves.items()
+    }
     errors, failures = {}, []
     for leaf, found in slopes.items():
         zero = covers(case.zero, leaf)

@@ -238,7 +238,9 @@ def _layers(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     for name, hidden, tokens, sizes, k in sweeps:
         for E in sizes:
             report(f"MoE layer, {name}: {E} experts, top-{k}")
-            yield _layer(plan, name, MoEConfig(num_experts=E, top_k=k, hidden=hidden), tokens)
+            rounds = plan.rounds if k > 1 else min(plan.rounds, 3)  # top-1 is drawn, no aim
+            own = plan._replace(rounds=rounds)
+            yield _layer(own, name, MoEConfig(num_experts=E, top_k=k, hidden=hidden), tokens)
 
 
 def _layer(plan: Plan, name: str, moe: MoEConfig, tokens: int) -> dict[str, Any]:
