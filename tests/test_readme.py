@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_numpy import files, presets
-from moe_numpy.lab import collapse, plots, systems
+from moe_numpy.lab import bench_report, collapse, plots, systems
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -122,3 +122,24 @@ def test_the_example_runs():
     )
     assert done.returncode == 0, done.stderr
     assert "(32, 8)" in done.stdout
+
+
+def test_the_speed_table_is_that_of_the_record():
+    found = record("speed")
+    assert bench_report.summary(found) in README
+    assert not found["quick"]
+    memory = [v for v in found["verdicts"] if "memory" in v["wanted"]]
+    assert len(memory) == 3 and all(0.25 < float(v["measured"]) < 0.4 for v in memory)
+
+
+def test_the_steps_that_count_are_those_that_the_text_names():
+    rows = record("speed_steps")["rows"]
+    gains: dict[str, list[float]] = {}
+    for side in (side for row in rows for side in row["sides"][1:]):
+        gains.setdefault(side["name"], []).append(side["ratio"]["median"])
+    best = sorted(gains, key=lambda name: -max(gains[name]))[:3]
+    assert {name.split(",")[0] for name in best} == {
+        "float32",
+        "slices of sorted rows",
+        "a shard a thread",
+    }

@@ -54,7 +54,7 @@ def plot_evenness(ax: Axes, systems: list[dict[str, Any]]) -> Axes:
     _dots(ax, systems, "effective_experts", lambda system: system["num_experts"])
     ax.axvline(0.5, color=plots.NEUTRAL, linewidth=0.8, linestyle="--")
     ax.annotate("collapsed", (0.48, len(systems) - 0.4), fontsize=8, ha="right")
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set(xlim=(0, 1.03), xlabel="effective experts, of all")
     return ax
 
@@ -62,7 +62,7 @@ def plot_evenness(ax: Axes, systems: list[dict[str, Any]]) -> Axes:
 def plot_drops(ax: Axes, systems: list[dict[str, Any]]) -> Axes:
     """Draw the share of the choices that got no place."""
     _dots(ax, systems, "drop_rate")
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set(xlabel="choices without a place")
     ax.set_xlim(left=-0.01)
     return ax
