@@ -1,4 +1,8 @@
-"""Floating-point exceptions are errors in every test."""
+"""Floating-point exceptions are errors in every test, and small matrices need one thread."""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy starts its threads
 
 import numpy as np
 import pytest
