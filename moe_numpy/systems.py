@@ -129,7 +129,12 @@ def _align(rows: list[dict[str, str]], names: list[str]) -> list[str]:
 
 def _rows(counted: ledger.Ledger) -> dict[str, dict[str, int]]:
     return {
-        row.part: {"parameters": row.parameters, "active": row.active, "flops": row.flops}
+        row.part: {
+            "parameters": row.parameters,
+            "active": row.active,
+            "read": row.read,
+            "flops": row.flops,
+        }
         for row in counted.rows
     }
 
@@ -149,13 +154,18 @@ def _sizes(published: ledger.Ledger, tiny: ledger.Ledger) -> str:
         f"{tiny.parameters:>8,} {tiny.active:>8,}"
     )
     lines.append(f"  {'flops per token':18} {amount(published.flops):>21}    {tiny.flops:>17,}")
+    read = amount(published.weight_bytes(2)), tiny.weight_bytes(4)
+    lines.append(f"  {'bytes per token':18} {read[0]:>21}    {read[1]:>17,}")
     return "\n".join(lines)
 
 
 def _printed(preset: presets.Preset) -> list[str]:
     """Compare with the printed sizes, and say what the counts mean."""
     printed, counted = preset.published, preset.ledger()
-    text = f"Work at a sequence of {counted.context:,} tokens."
+    text = (
+        f"Work at sequence length {counted.context:,}. Bytes are of the weights that one token "
+        "alone makes the machine read, at two a number as published and four here."
+    )
     if counted.active_without_embedding < counted.active:
         without = amount(counted.active_without_embedding)
         text += f" Without the embedding, which is only looked up, {without} are active."

@@ -43,8 +43,8 @@ def plot_losses(ax: Axes, systems: list[dict[str, Any]], references: dict[str, f
     for name in plots.NGRAMS:
         if low - 0.04 < references[name] < high + 0.04:
             ax.axvline(references[name], color=plots.NEUTRAL, linewidth=0.8, linestyle="--")
-            place = (references[name], len(systems) - 0.4)
-            ax.annotate(f"{name} {references[name]:.2f}", place, fontsize=8, ha="center")
+            place = (references[name] - 0.008, len(systems) - 0.4)
+            ax.annotate(f"{name} {references[name]:.2f}", place, fontsize=8, ha="right")
     ax.set(xlabel="validation loss (nats per character)", ylim=(-0.6, len(systems) + 0.2))
     return ax
 

@@ -88,6 +88,9 @@ def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEPar
     Shapes     dy_NC (N, C), daux () -> dx_NC (N, C), grads
     """
     cfg, parts, shared_cache = cache
+    dx_shared_NC, dshared = None, None
+    if shared_cache is not None:  # 5.
+        dx_shared_NC, dshared = shared.shared_backward(dy_NC, shared_cache)
     if isinstance(cfg.selection, SoftSlots):
         dx_NC, drouter, dexperts = _unmix_all(dy_NC, parts)
     else:
@@ -101,11 +104,7 @@ def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEPar
             dx_NC = dispatch.dispatch_backward(dx_RC, dispatch_cache)
         dx_router_NC, drouter = route_backward(dgate_NK, daux, route_cache)  # 1.
         dx_NC = dx_NC + dx_router_NC
-    dshared = None
-    if shared_cache is not None:  # 5. (beside the others)
-        dx_shared_NC, dshared = shared.shared_backward(dy_NC, shared_cache)
-        dx_NC = dx_NC + dx_shared_NC
-    return dx_NC, MoEParams(drouter, dexperts, dshared)
+    return router.plus(dx_shared_NC, dx_NC), MoEParams(drouter, dexperts, dshared)
 
 
 def _route(cfg: MoEConfig) -> tuple:
