@@ -9,13 +9,18 @@ import concurrent.futures
 import contextlib
 import contextvars
 import ctypes
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-LARGEST_KEPT = 32 << 20  # bytes: the C library takes no larger one
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of malloc.h
+PARTS = 4  # of equal work that threads take one after the other
+WORTH_A_THREAD = 32_768  # numbers
+
+_pool: contextvars.ContextVar[concurrent.futures.Executor | None]
+_pool = contextvars.ContextVar("threads of share_out", default=None)
 
 
 def keep_memory() -> None:
@@ -29,16 +34,16 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (TypeError, OSError, AttributeError):
         return
-    mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+    mallopt(M_MMAP_MAX, 0)  # no array gets pages of its own, which would go with it
     mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
-    """Provide `count` threads, each of which runs its matrix products alone; None for just one.
+    """Let `share_out` use `count` threads within the block, each of which multiplies alone.
 
     Without the library threadpoolctl the matrix products cannot be held to one thread each, and
-    would fight for the cores: then there is just one, too.
+    would fight for the cores: then, as for a count of one, there are no threads but the caller's.
     """
     try:
         limits = importlib.import_module("threadpoolctl").threadpool_limits if count > 1 else None
@@ -47,19 +52,51 @@ def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
     if limits is None:
         yield None
         return
-    with limits(1, user_api="blas"), concurrent.futures.ThreadPoolExecutor(count) as pool:
+    with (
+        limits(1, user_api="blas"),
+        concurrent.futures.ThreadPoolExecutor(count) as pool,
+        sharing(pool),
+    ):
         yield pool
 
 
-def share_out(jobs: list[Callable[[], Any]], pool: concurrent.futures.Executor | None) -> list[Any]:
-    """Call all jobs, on the threads of `pool` if there are any, and list their results in order.
+@contextlib.contextmanager
+def sharing(pool: concurrent.futures.Executor | None) -> Iterator[None]:
+    """Let `share_out` use the threads of `pool` within the block; None for none."""
+    before = _pool.set(pool)
+    try:
+        yield
+    finally:
+        _pool.reset(before)
 
-    Every job works in a copy of the caller's context, in which NumPy keeps its settings.
+
+def share_out(jobs: list[Callable[[], Any]]) -> list[Any]:
+    """Call all jobs, on the threads of `workers` if there are any; list their results in order.
+
+    A job works in a copy of the caller's context, in which NumPy keeps its settings; what a job
+    shares out in turn, it does itself. Which threads there are changes no result.
     """
-    if pool is None:
+    pool = _pool.get()
+    if pool is None or len(jobs) < 2:
         return [job() for job in jobs]
-    waiting = [pool.submit(contextvars.copy_context().run, job) for job in jobs]
+    with sharing(None):
+        waiting = [pool.submit(contextvars.copy_context().run, job) for job in jobs]
     return [future.result() for future in waiting]
+
+
+def for_each(work: Callable[[int], Any], count: int, size: int) -> None:
+    """Call work(0), work(1), ... work(count - 1), on the threads of `workers` if there are any.
+
+    A call touches `size` numbers. Where those are few, threads would wait for each other's Python
+    longer than they work: then the caller does it all.
+    """
+    jobs = min(PARTS, count) if _pool.get() and size >= WORTH_A_THREAD else 1
+
+    def some(first: int) -> None:
+        for i in range(first, count, jobs):
+            work(i)
+
+    share_out([functools.partial(some, first) for first in range(jobs)])
 
 
 def cores() -> int:

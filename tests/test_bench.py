@@ -47,7 +47,7 @@ bench_process.serve(build)
 
 def layer(**changes):
     moe = config.to_dict(MoEConfig(num_experts=4, top_k=2, hidden=8))
-    worker = bench.ours("layer", PLAN, moe=moe, width=16, tokens=32, parts=1)
+    worker = bench.ours("layer", PLAN, moe=moe, width=16, tokens=32, parts=1, workers=1)
     return worker._replace(spec=worker.spec | changes)
 
 
@@ -148,9 +148,9 @@ def test_every_matrix_product_of_a_step_is_noted(monkeypatch):
 def test_the_products_of_two_shards_are_replayed_on_two_threads():
     run = run_of("dense", shards=2)
     together = threading.Barrier(2)  # so that no thread takes both shards
-    with ThreadPoolExecutor(2, initializer=together.wait) as pool:
-        products = bench_products.products_of_step(run, pool)
-        found = bench_products.measure(run, pool, 1)
+    with ThreadPoolExecutor(2, initializer=together.wait) as pool, machine.sharing(pool):
+        products = bench_products.products_of_step(run)
+        found = bench_products.measure(run, 1)
     alone = bench_products.products_of_step(run_of("dense"))
     assert len({thread for thread, *_ in products}) == 2 and len(products) == 2 * len(alone)
     assert bench_products.flops(products) == bench_products.flops(alone)
@@ -216,13 +216,14 @@ def test_large_gradients_are_sketched_and_a_wrong_one_is_still_seen():
 @contextlib.contextmanager
 def no_settling():
     """Let the works of this process share no thread pool, and no setting of its memory."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(bench_work, "_settle", lambda parts: pool if parts > 1 else None)
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_work, "_settle", lambda threads: None)
+        with ThreadPoolExecutor(2) as pool, machine.sharing(pool):
+            yield
 
 
 def works(kind, parts):
-    spec = {"width": 16, "tokens": 32, "parts": parts, "hidden": 8, "repeats": 1}
+    spec = {"width": 16, "tokens": 32, "parts": parts, "workers": parts, "hidden": 8, "repeats": 1}
     moe = config.to_dict(MoEConfig(num_experts=4, top_k=2, hidden=8))
     run = {name: config.to_dict(value) for name, value in run_settings(parts).items()}
     return bench_work.build(spec | {"work": kind, "moe": moe} | run)
@@ -252,10 +253,12 @@ def test_a_worker_keeps_its_memory_and_starts_a_thread_for_each_part(monkeypatch
     assert asked == ["memory", 2] * 3
 
 
-def test_tokens_are_split_where_an_expert_has_many():
+def test_tokens_are_split_where_an_expert_has_many_and_else_large_experts_are_shared_out():
     plan = PLAN._replace(threads=2)
-    few, many = (MoEConfig(num_experts=E, top_k=2, hidden=8) for E in (8, 1024))
-    assert [bench._parts(plan, moe, 1024) for moe in (few, many)] == [2, 1]
+    split = lambda E, hidden: bench._split(  # noqa: E731
+        plan, MoEConfig(num_experts=E, top_k=2, hidden=hidden), 1024
+    )
+    assert [split(8, 512), split(1024, 512), split(1024, 64)] == [(2, 2), (1, 2), (1, 1)]
     assert PLAN._replace(threads=5).shards == 1 and PLAN._replace(threads=4).shards == 4
 
 
@@ -274,6 +277,8 @@ def _case(name, rng, dtype):
         return (draw(9, 5), draw(4, 5, 3), (0, 4, 4, 6, 9)), draw(9, 3)
     if name == "dots":
         return (draw(3, 7, 5), draw(3, 7, 5)), None
+    if name == "swiglu":
+        return (draw(3, 7, 5), draw(3, 7, 5)), draw(3, 7, 5)
     return (draw(3, 7, 5),), draw(3, 7, 5)
 
 

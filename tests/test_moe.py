@@ -319,7 +319,15 @@ def test_an_expert_without_tokens_gets_zero_gradient():
 
 
 @pytest.mark.parametrize("few", [False, True])
-@pytest.mark.parametrize("offsets", [(0, 0, 4, 4, 7, 7), (0, 3, 3, 3, 5, 9), (0, 0, 0, 0, 0, 0)])
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        (0, 0, 4, 4, 7, 7),
+        (0, 3, 3, 3, 5, 9),
+        (0, 0, 0, 0, 0, 0),
+        (0, 1, 1, 2, 2 + experts.FEW, 3 + 2 * experts.FEW),
+    ],
+)
 def test_expert_linear_is_a_product_and_a_bias_for_every_row(offsets, few, monkeypatch):
     monkeypatch.setattr(experts, "few_launches", lambda: few)
     rng, R = np.random.default_rng(0), offsets[-1]

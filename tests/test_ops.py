@@ -5,10 +5,12 @@ import math
 import numpy as np
 import oracles
 import pytest
+import tiny
 
+from moe_numpy.classroom import registry
 from moe_numpy.config import ACTIVATIONS, GATED, MoEConfig
 from moe_numpy.moe import balance, capacity, dispatch, experts, mlp, router
-from moe_numpy.ops import activation, linear, loss, norm, normal, rotary, softmax
+from moe_numpy.ops import activation, linear, loss, norm, normal, rotary, rows, softmax
 from moe_numpy.transformer import attention
 from moe_numpy.tree import leaves
 
@@ -303,3 +305,19 @@ def test_every_op_returns_the_dtype_it_was_given_forward_and_backward(dtype):
             assert value.dtype == dtype, name
     x = np.linspace(-3, 3, 5, dtype=dtype)
     assert normal.normal_cdf(x).dtype == normal.normal_pdf(x).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["gelu_tanh", "silu", "swiglu", "geglu"])
+def test_blocks_change_no_bit_whatever_the_layout(name, monkeypatch):
+    pair, gated = registry.pair(name), name.endswith("glu")
+    rng = np.random.default_rng(5)
+    dy = rng.standard_normal((6, 4, 5))
+    given = [rng.standard_normal((5, 4, 6)).T for _ in range(1 + gated)]
+    results = []
+    for block in (1 << 20, 7):
+        monkeypatch.setattr(rows, "BLOCK", block)
+        y, cache = pair.forward(*given)
+        results.append((y, pair.backward(dy, cache)))
+    assert tiny.same_bits(*results)
+    y, cache = pair.forward(*(np.ascontiguousarray(x) for x in given))
+    assert tiny.same_bits((y, pair.backward(dy, cache)), results[1])

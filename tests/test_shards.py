@@ -6,6 +6,8 @@ import importlib
 import platform
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import tiny
 
 from moe_numpy import machine, tree
 from moe_numpy.config import Capacity, LearnedNoise, LoadLoss, SwitchLoss, TrainingConfig
+from moe_numpy.ops import rows
 from moe_numpy.training import loop, shards
 from moe_numpy.transformer import model
 
@@ -62,7 +65,8 @@ def same_bits(found, expected):
 def two_threads():
     pytest.importorskip("threadpoolctl")
     with machine.workers(2) as pool:
-        yield pool
+        assert pool is not None
+        yield
 
 
 # ------------------------------------------------------------------------------------------ shards
@@ -123,8 +127,9 @@ def test_shards_are_the_routing_groups_of_their_size():
 @pytest.mark.parametrize("name", LAYERS)
 def test_threads_change_no_bit_of_the_gradients(name, two_threads):
     batch = drawn(tiny.model(LAYERS[name]), "float32")
-    one = shards.gradients(*batch, shards=SHARDS)
-    assert same_bits(shards.gradients(*batch, shards=SHARDS, pool=two_threads), one)
+    with machine.sharing(None):
+        one = shards.gradients(*batch, shards=SHARDS)
+    assert same_bits(shards.gradients(*batch, shards=SHARDS), one)
 
 
 def test_threads_change_no_bit_of_a_training_run():
@@ -140,9 +145,58 @@ def test_threads_work_under_the_settings_of_the_one_that_called_them(two_threads
     batch = drawn(tiny.model(), "float32")
     batch[2].token_VC[:] = 3e38
     with pytest.raises(FloatingPointError):
-        shards.gradients(*batch, shards=2, pool=two_threads)
+        shards.gradients(*batch, shards=2)
     with np.errstate(all="ignore"):
-        shards.gradients(*batch, shards=2, pool=two_threads)
+        shards.gradients(*batch, shards=2)
+
+
+def test_threads_share_out_experts_and_blocks_and_change_no_bit(two_threads, monkeypatch):
+    """What one shard is made of: experts, blocks of an activation, arrays of the optimizer."""
+    shared, submit = [], ThreadPoolExecutor.submit
+    monkeypatch.setattr(machine, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(rows, "BLOCK", 50)
+    with machine.sharing(None):
+        one = tiny.run(tiny.moe(activation="swiglu"))
+        loop.take_step(one)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *a: shared.append(1) or submit(*a))
+    two = tiny.run(tiny.moe(activation="swiglu"))
+    loop.take_step(two)
+    assert tiny.same_bits((one.params, one.state), (two.params, two.state))
+    assert len(shared) > 3 * machine.PARTS
+
+
+def test_a_job_shares_nothing_out_in_turn(two_threads):
+    def outer():
+        return threading.get_ident(), *machine.share_out([threading.get_ident] * 3)
+
+    for found in machine.share_out([outer] * 4):
+        assert len(set(found)) == 1 and found[0] != threading.get_ident()
+
+
+def test_little_work_stays_with_the_caller(two_threads):
+    where = []
+    work = lambda i: where.append((i, threading.get_ident()))  # noqa: E731
+    machine.for_each(work, 5, machine.WORTH_A_THREAD - 1)
+    assert where == [(i, threading.get_ident()) for i in range(5)]
+    where.clear()
+    machine.for_each(work, 5, machine.WORTH_A_THREAD)
+    assert sorted(i for i, _ in where) == list(range(5))
+    assert threading.get_ident() not in {thread for _, thread in where}
+
+
+@pytest.mark.parametrize(
+    ("layer", "parts", "threads"),
+    [
+        (None, 1, 1),
+        (None, 4, 4),
+        (tiny.moe(num_experts=64, hidden=4096), 1, 8),
+        (tiny.moe(num_experts=64, hidden=4096), 2, 2),
+        (tiny.moe(num_experts=8, hidden=4096), 1, 1),
+        (tiny.moe(num_experts=64), 1, 1),
+    ],
+)
+def test_threads_are_for_shards_or_for_many_large_experts(layer, parts, threads):
+    assert loop._threads(tiny.run(layer, shards=parts), 8) == threads
 
 
 def test_every_thread_multiplies_alone_and_afterwards_all_is_as_before():

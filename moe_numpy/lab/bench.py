@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_numpy import config
+from moe_numpy import config, machine
 from moe_numpy.config import ModelConfig, MoEConfig
 from moe_numpy.lab import bench_report, bench_work, race
 from moe_numpy.lab.race import Worker
@@ -50,7 +50,8 @@ class Plan(NamedTuple):
         return math.gcd(bench_work.training().batch, self.threads)
 
 
-ROWS_TO_SPLIT = 16  # an expert's rows from which on the tokens of a layer are split over threads
+WIDTH = 128  # of the layers
+ROWS_TO_SPLIT = 32  # an expert's rows from which on the tokens of a layer are split over threads
 
 # What PyTorch does in each race: the name of a side, how its experts run, whether AdamW is fused.
 RIVALS = {
@@ -72,7 +73,7 @@ STEPS = {
     "shards": "a shard a thread, not threads in each product",
     "float32": "float32, not float64",
     "rows": "sums of rows as products, not NumPy's reductions",
-    "activations": "activations in place, not with temporaries",
+    "activations": "activations in blocks, not whole arrays",
     "blocks": "optimizer in blocks, not whole arrays",
     "gather": "gather on the way back, not np.add.at",
     "slices": "slices of sorted rows, not padded batches",
@@ -108,7 +109,7 @@ def run(plan: Plan, only: tuple[str, ...], report: Callable[[str], Any]) -> dict
         "quick": plan.quick,
         "threads": plan.threads,
         "tolerance": race.TOLERANCE,
-        "machine": machine(plan.torch),
+        "machine": this_machine(plan.torch),
         "rows": rows,
     }
     verdicts = [verdict._asdict() for verdict in bench_report.verdicts(record)]
@@ -144,7 +145,7 @@ def why_alone() -> str | None:
     return None
 
 
-def machine(torch: bool) -> dict[str, Any]:
+def this_machine(torch: bool) -> dict[str, Any]:
     """Describe what the numbers were measured on."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     others = ("torch", "transformers") if torch else ()
@@ -246,8 +247,9 @@ def _layers(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
 def _layer(plan: Plan, name: str, moe: MoEConfig, tokens: int) -> dict[str, Any]:
     gates = "renormalized" if moe.renormalized else "raw"
     described = config.to_dict(moe) | {"gate_weights": gates}
-    parts = _parts(plan, moe, tokens)
-    workers = [ours("layer", plan, moe=described, width=128, tokens=tokens, parts=parts)]
+    parts, workers = _split(plan, moe, tokens)
+    spec = {"width": WIDTH, "tokens": tokens, "parts": parts, "workers": workers}
+    workers = [ours("layer", plan, moe=described, **spec)]
     for label, variant, _ in RIVALS["MoE"] if plan.torch else ():
         workers.append(theirs(label, workers[0], variant=variant))
     found = race.race_all(workers, plan.rounds, plan.block)
@@ -255,16 +257,22 @@ def _layer(plan: Plan, name: str, moe: MoEConfig, tokens: int) -> dict[str, Any]
     return {"name": name, **sizes, "tokens": tokens, "parts": parts, **found}
 
 
-def _parts(plan: Plan, moe: MoEConfig, tokens: int) -> int:
-    """Split the tokens over the threads unless an expert has few: each part needs all matrices."""
-    return plan.threads if tokens * moe.top_k >= ROWS_TO_SPLIT * moe.num_experts else 1
+def _split(plan: Plan, moe: MoEConfig, tokens: int) -> tuple[int, int]:
+    """Say how our side shares a layer out: into how many parts of the tokens, on how many threads.
+
+    Where an expert has few tokens, each part would need all the matrices: then the threads share
+    the experts out instead or, if those are small, the products.
+    """
+    if tokens * moe.top_k >= ROWS_TO_SPLIT * moe.num_experts:
+        return plan.threads, plan.threads
+    return 1, plan.threads if WIDTH * moe.hidden >= machine.WORTH_A_THREAD else 1
 
 
 def _overhead(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     report("MoE layer over a dense MLP of the same active work")
     width, hidden, tokens = (32, 64, 64) if plan.quick else (256, 1024, 4096)
     moe = config.to_dict(MoEConfig(num_experts=8, top_k=2, hidden=hidden))
-    spec = {"width": width, "tokens": tokens, "parts": plan.threads}
+    spec = {"width": width, "tokens": tokens, "parts": plan.threads, "workers": plan.threads}
     workers = [
         ours("mlp", plan, hidden=2 * hidden, **spec)._replace(name="dense"),
         ours("layer", plan, moe=moe, **spec)._replace(name="8 experts, top-2"),

@@ -8,7 +8,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -67,13 +66,13 @@ def watch(arrays: tree.Tree) -> tree.Tree:
     return tree.map(_watch, arrays)
 
 
-def products_of_step(run: loop.Run, pool: Executor | None = None) -> list[tuple]:
+def products_of_step(run: loop.Run) -> list[tuple]:
     """Take a training step and list its matrix products."""
     params = run.params
     run.params = watch(params)
     try:
         with noted_products() as noted:
-            loop.take_step(run, pool)
+            loop.take_step(run)
             return list(noted)
     finally:
         run.params = params
@@ -99,21 +98,21 @@ def flops(products: list[tuple]) -> int:
     return sum(2 * result.size * a.shape[-1] for _, a, _, result in products)
 
 
-def measure(run: loop.Run, pool: Executor | None, repeats: int) -> dict[str, Any]:
+def measure(run: loop.Run, repeats: int) -> dict[str, Any]:
     """Time steps, their products alone and the machine's own products in turns.
 
     The machine's own are large square ones, one on each thread that has products of its own.
 
     Returns     the seconds of each, the number of products, and their operations
     """
-    loop.take_step(run, pool)
-    products = products_of_step(run, pool)
-    threads = 1 if pool is None else run.training.shards
+    loop.take_step(run)
+    products = products_of_step(run)
+    threads = len({thread for thread, *_ in products})
     a, b, *outs = np.random.default_rng(0).random((2 + threads, PROBE, PROBE), np.float32)
     squares = [(i, a, b, out) for i, out in enumerate(outs)]
     whole, alone, probe = [], [], []
     for _ in range(repeats):
-        whole.append(_seconds(lambda: loop.take_step(run, pool), 5))
+        whole.append(_seconds(lambda: loop.take_step(run), 5))
         alone.append(_seconds(lambda: replay(products), 5))
         probe.append(_seconds(lambda: replay(squares), 3))
     return {

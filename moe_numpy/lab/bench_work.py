@@ -1,7 +1,8 @@
 """What the benchmark runs on our side: a training step, a layer, generation, a plain product.
 
 With two threads a batch, or the tokens of a layer, are split into two shards, each on a thread with
-matrix products of its own, as `loop.train` does it. Nothing here has a capacity or a balance term,
+matrix products of its own, as `loop.train` does it; or the threads share out the experts of a layer
+that has many. Nothing here has a capacity or a balance term,
 which shards would have for themselves; so they compute the function of the whole.
 """
 
@@ -12,7 +13,6 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -51,31 +51,27 @@ def training(steps: int = 20_000, shards: int = 1) -> TrainingConfig:
     return TrainingConfig(steps=steps, batch=12, shards=shards, **constant)
 
 
-def _settle(parts: int) -> Executor | None:
-    """Do once what `loop.train` does at its start: keep memory, and start a thread for each part.
-
-    A layer of many experts is not split (the parts would each need all matrices): its products
-    share the threads.
-    """
+def _settle(threads: int) -> None:
+    """Do once what `loop.train` does at its start: keep memory, and start threads."""
     machine.keep_memory()
-    return _until_the_end.enter_context(machine.workers(parts))
+    _until_the_end.enter_context(machine.workers(threads))
 
 
 def _step(spec: dict[str, Any]) -> Work:
     cfg = config.from_dict(spec["config"])
     run = loop.new_run(text(cfg.vocab_size), cfg, config.from_dict(spec["training"]))
     parts = run.training.shards
-    pool = _settle(parts)
+    _settle(parts)
     token, target = _next_batches(run)
 
     def give() -> dict[str, np.ndarray]:
         return {"token": token, "target": target, **_named("params", run.params)}
 
     def values() -> dict[str, np.ndarray]:
-        _, grads = shards.gradients(token[0], target[0], run.params, cfg, shards=parts, pool=pool)
+        _, grads = shards.gradients(token[0], target[0], run.params, cfg, shards=parts)
         first = run.step
         for _ in range(COMPARED_STEPS):
-            loop.take_step(run, pool)
+            loop.take_step(run)
         losses = run.series.cross_entropy[first : run.step]
         return {"loss": losses, **_named("grads", grads)}
 
@@ -83,9 +79,9 @@ def _step(spec: dict[str, Any]) -> Work:
         give=give,
         take=lambda given: None,
         values=values,
-        once=lambda: loop.take_step(run, pool),
+        once=lambda: loop.take_step(run),
         facts={
-            "products": lambda: bench_products.measure(run, pool, spec["repeats"]),
+            "products": lambda: bench_products.measure(run, spec["repeats"]),
             "bytes": lambda: bench_products.bytes_of(run),
         },
     )
@@ -110,7 +106,7 @@ def _layer(spec: dict[str, Any]) -> Work:
         y, _, _, cache = layer.moe_forward(x, params, cfg)
         return y, *layer.moe_backward(dy, aux, cache)
 
-    return _forward_and_backward(part, x, dy, params, spec["parts"])
+    return _forward_and_backward(part, x, dy, params, spec)
 
 
 def _mlp(spec: dict[str, Any]) -> Work:
@@ -121,17 +117,19 @@ def _mlp(spec: dict[str, Any]) -> Work:
         y, cache = mlp.mlp_forward(x, params, "gelu_tanh")
         return y, *mlp.mlp_backward(dy, cache)
 
-    return _forward_and_backward(part, x, dy, params, spec["parts"])
+    return _forward_and_backward(part, x, dy, params, spec)
 
 
 def _forward_and_backward(
-    part: Callable, x: np.ndarray, dy: np.ndarray, params: tree.Tree, parts: int
+    part: Callable, x: np.ndarray, dy: np.ndarray, params: tree.Tree, spec: dict[str, Any]
 ) -> Work:
-    pool = _settle(parts)
+    _settle(spec["workers"])
+    parts = spec["parts"]
     xs, dys = np.array_split(x, parts), np.array_split(dy, parts)
 
     def once() -> tuple:
-        found = list((pool.map if pool else map)(part, xs, dys))
+        jobs = [functools.partial(part, *rows) for rows in zip(xs, dys, strict=True)]
+        found = machine.share_out(jobs)
         if parts == 1:
             return found[0]
         y, dx, grads = zip(*found, strict=True)

@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 from numpy.random import Generator
 
+from moe_numpy import machine
 from moe_numpy.backend import Array, Cache, few_launches, to_device, xp
 from moe_numpy.config import MoEConfig
 from moe_numpy.ops import activation
+
+FEW = 32  # rows of an expert
 
 
 class ExpertParams(NamedTuple):
@@ -91,8 +94,13 @@ def grouped_linear_forward(
     Source     Gale et al. 2022, MegaBlocks, section 3; differs: a loop over dense slices
     """
     y_RO = xp.empty((x_RI.shape[0], w_EIO.shape[2]), x_RI.dtype)
-    for e, rows in _slices(offsets):
-        xp.matmul(x_RI[rows], w_EIO[e], out=y_RO[rows])
+
+    def multiply(e: int) -> None:
+        rows = slice(offsets[e], offsets[e + 1])
+        if rows.start < rows.stop:
+            xp.matmul(x_RI[rows], w_EIO[e], out=y_RO[rows])
+
+    machine.for_each(multiply, len(w_EIO), w_EIO[0].size)
     return y_RO, (x_RI, w_EIO, offsets)
 
 
@@ -105,15 +113,20 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
     Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O)
     """
     x_RI, w_EIO, offsets = cache
-    dx_RI = xp.empty_like(x_RI)
-    dw_EIO = xp.empty_like(w_EIO)
-    for e, (start, end) in enumerate(itertools.pairwise(offsets)):
-        if start == end:
-            dw_EIO[e] = 0.0
-            continue
-        rows = slice(start, end)
-        xp.matmul(dy_RO[rows], w_EIO[e].T, out=dx_RI[rows])
-        xp.matmul(x_RI[rows].T, dy_RO[rows], out=dw_EIO[e])
+    dx_RI, dw_EIO = xp.empty_like(x_RI), xp.empty_like(w_EIO)
+
+    def undo(e: int) -> None:
+        rows = slice(offsets[e], offsets[e + 1])
+        x, dy = x_RI[rows], dy_RO[rows]
+        if len(dy) > FEW:
+            xp.matmul(dy, w_EIO[e].T, out=dx_RI[rows])
+        elif len(dy):
+            dx_RI[rows] = (w_EIO[e] @ dy.T).T  # the same, in the order that is faster for few rows
+        if len(dy) == 1:  # a product over a lone row is slow: give it a row of zeros for company
+            x, dy = (xp.concatenate((row, xp.zeros_like(row))) for row in (x, dy))
+        xp.matmul(x.T, dy, out=dw_EIO[e])
+
+    machine.for_each(undo, len(w_EIO), w_EIO[0].size)
     return dx_RI, dw_EIO
 
 

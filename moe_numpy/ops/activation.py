@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from moe_numpy.backend import Array, Cache, xp
-from moe_numpy.ops import normal
+from moe_numpy.ops import normal, rows
 
 CLAMP, SLOPE = 7.0, 1.702  # of gpt-oss: the bound of both branches, the steepness of its sigmoid
 
@@ -101,25 +102,29 @@ def silu_forward(x: Array) -> tuple[Array, Cache]:
         y = x sigmoid(x)
 
     Shapes     x (...) -> y (...)
-    Cache      (x, s): s = sigmoid(x)
+    Cache      (slope,): dy/dx, worked out while x and its sigmoid are at hand
     Source     Elfwing et al. 2018; Ramachandran et al. 2017 (Swish)
     """
-    s = _sigmoid(x)
-    return x * s, (x, s)
+    y, slope = (xp.empty(x.shape, x.dtype) for _ in range(2))
+    rows.in_blocks(_silu, x, y, slope)
+    return y, (slope,)
 
 
 def silu_backward(dy: Array, cache: Cache) -> Array:
-    """Undo `silu_forward`: dy/dx = s + x s (1 - s) = s (1 + x (1 - s)).
+    """Undo `silu_forward`: dy/dx = s + x s (1 - s) = s + y (1 - s), s = sigmoid(x).
 
     Shapes     dy (...) -> dx (...)
     """
-    x, s = cache
-    dx = 1.0 - s
-    dx *= x
-    dx += 1.0
-    dx *= s
-    dx *= dy
-    return dx
+    (slope,) = cache
+    return dy * slope
+
+
+def _silu(x: Array, y: Array, slope: Array) -> None:
+    s = _sigmoid(x)
+    xp.multiply(x, s, out=y)
+    xp.subtract(1.0, s, out=slope)  # s + y (1 - s), in place
+    slope *= y
+    slope += s
 
 
 def gelu_forward(x: Array) -> tuple[Array, Cache]:
@@ -145,41 +150,46 @@ def gelu_backward(dy: Array, cache: Cache) -> Array:
 
 
 def gelu_tanh_forward(x: Array) -> tuple[Array, Cache]:
-    """Approximate `gelu_forward` with one exponential.
+    """Approximate `gelu_forward` with a hyperbolic tangent.
 
-        y = x (1 + tanh(u)) / 2 = x sigmoid(2 u),    u = sqrt(2/pi) (x + 0.044715 x^3)
+        y = x h,    h = (1 + tanh(u)) / 2,    u = sqrt(2/pi) (x + 0.044715 x^3)
 
     Shapes     x (...) -> y (...)
-    Cache      (x, s): s = sigmoid(2 u)
+    Cache      (slope,): dy/dx, worked out while x and h are at hand
     Source     Hendrycks and Gimpel 2016, section 2; the form that GPT-2 uses
     """
-    a = 2.0 * math.sqrt(2.0 / math.pi)
-    u2 = x * x  # 2 u, in place
-    u2 *= a * 0.044715
-    u2 += a
-    u2 *= x
-    s = _sigmoid(u2)
-    return x * s, (x, s)
+    y, slope = (xp.empty(x.shape, x.dtype) for _ in range(2))
+    rows.in_blocks(_gelu_tanh, x, y, slope)
+    return y, (slope,)
 
 
 def gelu_tanh_backward(dy: Array, cache: Cache) -> Array:
-    """Undo `gelu_tanh_forward`: dy/dx = s + x s (1 - s) d(2u)/dx.
+    """Undo `gelu_tanh_forward`: dy/dx = h + x dh/du du/dx = h + 2 y (1 - h) du/dx.
 
-    d(2u)/dx = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+    tanh' = 1 - tanh^2 gives dh/du = 2 h (1 - h), and du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
 
     Shapes     dy (...) -> dx (...)
     """
-    x, s = cache
-    a = 2.0 * math.sqrt(2.0 / math.pi)
-    dx = x * x
-    dx *= a * 3.0 * 0.044715
-    dx += a  # d(2u)/dx
-    dx *= x
-    dx *= 1.0 - s
-    dx += 1.0
-    dx *= s
-    dx *= dy
-    return dx
+    (slope,) = cache
+    return dy * slope
+
+
+def _gelu_tanh(x: Array, y: Array, slope: Array) -> None:
+    a = math.sqrt(2.0 / math.pi)
+    b = 0.044715 * a
+    xp.multiply(x, x, out=slope)
+    h = b * slope  # (1 + tanh(a x + b x^3)) / 2, in place
+    h += a
+    h *= x
+    xp.tanh(h, out=h)
+    h += 1.0
+    h *= 0.5
+    xp.multiply(x, h, out=y)
+    slope *= 6.0 * b  # h + y (1 - h) (2 a + 6 b x^2), in place
+    slope += 2.0 * a
+    slope *= y
+    slope *= 1.0 - h
+    slope += h
 
 
 def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
@@ -188,11 +198,10 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
         y = silu(gate) * up
 
     Shapes     gate (..., F); up (..., F) -> y (..., F)
-    Cache      (act, up, silu cache)
+    Cache      (act, slope): dy/dup = act and dy/dgate
     Source     Shazeer 2020, GLU Variants Improve Transformer, eq. 6
     """
-    act, act_cache = silu_forward(gate)
-    return act * up, (act, up, act_cache)
+    return _gated(_silu, gate, up)
 
 
 def swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
@@ -200,8 +209,8 @@ def swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
 
     Shapes     dy (..., F) -> dgate (..., F), dup (..., F)
     """
-    act, up, act_cache = cache
-    return silu_backward(dy * up, act_cache), dy * act
+    act, slope = cache
+    return dy * slope, dy * act
 
 
 def geglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
@@ -210,12 +219,11 @@ def geglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
         y = gelu_tanh(gate) * up
 
     Shapes     gate (..., F); up (..., F) -> y (..., F)
-    Cache      (act, up, gelu cache)
+    Cache      (act, slope): dy/dup = act and dy/dgate
     Source     Shazeer 2020, GLU Variants Improve Transformer, eq. 6; differs: tanh form, as T5 and
                Grok-1 compute it
     """
-    act, act_cache = gelu_tanh_forward(gate)
-    return act * up, (act, up, act_cache)
+    return _gated(_gelu_tanh, gate, up)
 
 
 def geglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
@@ -223,8 +231,20 @@ def geglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
 
     Shapes     dy (..., F) -> dgate (..., F), dup (..., F)
     """
-    act, up, act_cache = cache
-    return gelu_tanh_backward(dy * up, act_cache), dy * act
+    act, slope = cache
+    return dy * slope, dy * act
+
+
+def _gated(activate: Callable[..., None], gate: Array, up: Array) -> tuple[Array, Cache]:
+    y, act, slope = (xp.empty(gate.shape, gate.dtype) for _ in range(3))
+
+    def fill(gate: Array, up: Array, y: Array, act: Array, slope: Array) -> None:
+        activate(gate, act, slope)
+        slope *= up
+        xp.multiply(act, up, out=y)
+
+    rows.in_blocks(fill, gate, up, y, act, slope)
+    return y, (act, slope)
 
 
 def clamped_swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:

@@ -31,10 +31,11 @@ def rms_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None]:
     unit, r, gain_C = cache
     if gain_C is None:
         return r * (dy - unit * (rows.dots(dy, unit) / unit.shape[-1])), None
-    dgain_C = rows.sum_columns(dy * unit)  # 3.
-    q = gain_C * dy
-    dx = unit * (rows.dots(q, unit) / -unit.shape[-1])  # 2. and 1.
-    dx += q
+    p = dy * unit
+    dgain_C = rows.sum_columns(p)  # 3.
+    mean_qu = p @ (gain_C / gain_C.size)
+    dx = gain_C * dy  # 2. and 1.
+    dx -= xp.multiply(unit, mean_qu[..., None], out=p)
     dx *= r
     return dx, dgain_C
 
@@ -68,11 +69,11 @@ def layer_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     Shapes     dy (..., C) -> dx (..., C), dgain_C (C,), dbias_C (C,)
     """
     unit, r, gain_C = cache
-    dbias_C = rows.sum_columns(dy)  # 4.
-    dgain_C = rows.sum_columns(dy * unit)
-    q = gain_C * dy
-    dx = unit * (rows.dots(q, unit) / -unit.shape[-1])  # 3. to 1.
-    q -= rows.mean(q)
-    dx += q
+    p = dy * unit
+    dbias_C, dgain_C = rows.sum_columns(dy), rows.sum_columns(p)  # 4.
+    mean_q, mean_qu = (x @ (gain_C / gain_C.size) for x in (dy, p))
+    dx = gain_C * dy  # 3. to 1.
+    dx -= xp.multiply(unit, mean_qu[..., None], out=p)
+    dx -= mean_q[..., None]
     dx *= r
     return dx, dgain_C, dbias_C

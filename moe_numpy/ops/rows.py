@@ -1,13 +1,18 @@
-"""Reductions of rows (the last axis), as matrix products where that is the faster way.
+"""Reductions of rows (the last axis) as matrix products, and work done a block of rows at a time.
 
-NumPy's own reductions of short rows spend most of their time between the rows.
+NumPy's own reductions of short rows spend most of their time between the rows; its operations on
+large arrays wait for memory, which blocks that stay in a core's cache do not.
 """
 
 from __future__ import annotations
 
-from moe_numpy.backend import Array, xp
+from collections.abc import Callable
+
+from moe_numpy import machine
+from moe_numpy.backend import Array, few_launches, xp
 
 FEW = 16  # rows: for so few NumPy's own way is the faster one
+BLOCK = 65_536  # numbers of a block: a handful of such blocks fits into the cache
 
 
 def sums(x: Array) -> Array:
@@ -56,3 +61,23 @@ def maximum(x: Array) -> Array:
     rows = x.reshape(-1, x.shape[-1])
     largest = rows[xp.arange(rows.shape[0]), rows.argmax(1)]
     return largest.reshape(*x.shape[:-1], 1)
+
+
+def in_blocks(fill: Callable[..., None], *arrays: Array) -> None:
+    """Call `fill` with one block of all arrays after the other: it reads some, writes into others.
+
+    For functions of single numbers that take many passes over their arrays.
+
+    Shapes     arrays all of one shape (...); those that are written into are contiguous
+    """
+    size = arrays[0].size
+    if size <= BLOCK or few_launches():
+        fill(*arrays)
+        return
+    flat = [array.reshape(-1) for array in arrays]
+
+    def work(i: int) -> None:
+        block = slice(i * BLOCK, (i + 1) * BLOCK)
+        fill(*(array[block] for array in flat))
+
+    machine.for_each(work, -(-size // BLOCK), BLOCK)

@@ -8,7 +8,6 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,8 @@ from moe_numpy.config import ModelConfig, TrainingConfig
 from moe_numpy.moe import balance
 from moe_numpy.training import checkpoint, data, optimizer, shards
 from moe_numpy.transformer import model
+
+MANY_EXPERTS = 64  # so many that threads had better share out the experts of a layer
 
 
 class Series(NamedTuple):
@@ -123,8 +124,8 @@ def train(
     evaluate_every : steps between evaluations; None for a quarter of the run. The end is always
         evaluated.
     on_step : called with the run after every step.
-    threads : how many share the shards of a step out, if threadpoolctl is there to keep them apart;
-        None for one per core. It changes no bit.
+    threads : how many share out the shards of a step or, if there is just one shard, its experts,
+        if threadpoolctl is there to keep them apart; None for one per core. It changes no bit.
 
     Raises
     ------
@@ -139,15 +140,15 @@ def train(
     steps_bar = progress.bar(run.training.steps, "train", "step", run.step, show_progress)
     what_matters_is_checked = np.errstate(over="ignore", invalid="ignore")
     machine.keep_memory()
-    threads = machine.workers(min(threads or machine.cores(), run.training.shards))
+    threads = machine.workers(_threads(run, threads or machine.cores()))
     with (
         steps_bar as bar,
         _deferred_interrupt() as interrupted,
         what_matters_is_checked,
-        threads as pool,
+        threads,
     ):
         while run.step < run.training.steps:
-            take_step(run, pool)
+            take_step(run)
             done = run.step == run.training.steps
             if done or run.step % every == 0:
                 _evaluate_now(run)
@@ -238,8 +239,8 @@ def load_model(path: str | Path) -> tuple[model.ModelParams, ModelConfig, str]:
     return checkpoint.restore(like, arrays, "params"), cfg, meta["alphabet"]
 
 
-def take_step(run: Run, pool: Executor | None = None) -> None:
-    """Take one training step and note what it did; threads of `pool` share its shards out."""
+def take_step(run: Run) -> None:
+    """Take one training step and note what it did; threads of `machine.workers` share it out."""
     cfg, training, step = run.cfg, run.training, run.step
     dtype = run.params.token_VC.dtype
     token_BT, target_BT = data.sample_batch(
@@ -254,7 +255,6 @@ def take_step(run: Run, pool: Executor | None = None) -> None:
         noise,
         training.smoothing,
         training.shards,
-        pool,
     )
     *facts, norm = to_host_together([*tree.leaves(report), optimizer.norm(grads)])
     report, norm = tree.from_leaves(report, facts), float(norm)
@@ -262,11 +262,20 @@ def take_step(run: Run, pool: Executor | None = None) -> None:
     _require_finite("gradient norm", norm, run, step + 1)
     scale = 1.0 if training.clip is None else min(1.0, training.clip / max(norm, 1e-12))
     rate = training.rate_at(step)
-    optimizer.update(run.params, grads, run.state, training.optimizer, step, rate, scale, pool)
+    optimizer.update(run.params, grads, run.state, training.optimizer, step, rate, scale)
     if cfg.moe is not None and cfg.moe.bias_rate:
         _move_biases(run, report)
     _note(run.series, step, report, rate, norm)
     run.step += 1
+
+
+def _threads(run: Run, most: int) -> int:
+    """One for each shard; of a single shard, all for its experts if most of the work is theirs."""
+    moe, shards = run.cfg.moe, run.training.shards
+    large = moe is not None and run.cfg.width * moe.hidden >= machine.WORTH_A_THREAD
+    if shards == 1 and large and moe.num_experts >= MANY_EXPERTS:
+        return most
+    return min(most, shards)
 
 
 def _move_biases(run: Run, report: model.LossReport) -> None:

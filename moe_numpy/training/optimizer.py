@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from concurrent.futures import Executor
 from typing import NamedTuple
 
 from moe_numpy import machine, tree
@@ -13,8 +11,7 @@ from moe_numpy.config import SGD, AdamW
 
 # Biases with more than one axis: of heads, and of experts.
 BIASES = {"q_HD", "k_GD", "v_GD", "in_EF", "up_EF", "out_EC"}
-PARTS = 4  # that threads share out
-BLOCK = 32_768  # numbers updated at a time: their temporaries stay in the cache
+BLOCK = 131_072  # numbers updated at a time: their temporaries stay in the cache
 
 
 class OptimizerState(NamedTuple):
@@ -40,7 +37,14 @@ def init_state(params: tree.Tree, cfg: AdamW | SGD) -> OptimizerState:
 
 def norm(arrays: tree.Tree) -> Array:
     """Compute the Euclidean norm of all arrays of a tree together, shape ()."""
-    return xp.sqrt(sum(xp.vdot(leaf, leaf) for leaf in tree.leaves(arrays)))
+    leaves = tree.leaves(arrays)
+    squares = [None] * len(leaves)
+
+    def square(i: int) -> None:
+        squares[i] = xp.vdot(leaves[i], leaves[i])
+
+    machine.for_each(square, len(leaves), tree.size(arrays) // len(leaves))
+    return xp.sqrt(sum(squares))
 
 
 def update(
@@ -51,7 +55,6 @@ def update(
     step: int,
     rate: float,
     scale: float = 1.0,
-    pool: Executor | None = None,
 ) -> None:
     """Take one step, in place.
 
@@ -62,7 +65,6 @@ def update(
     step : counted from 0; corrects the start of AdamW's averages.
     rate : learning rate of this step.
     scale : factor on every gradient (the clipping).
-    pool : threads that share the arrays out; None for one after the other.
     """
     seconds = [None] if state.second is None else tree.leaves(state.second)
     leaves = zip(
@@ -79,13 +81,12 @@ def update(
         else:
             jobs.append((_sgd, (p, g, first, cfg, rate, scale, decay)))
     jobs.sort(key=lambda job: -job[1][0].size)  # parts of about equal work
-    parts = [functools.partial(_run, jobs[i::PARTS]) for i in range(PARTS)]
-    machine.share_out(parts, pool)
 
+    def work(i: int) -> None:
+        rule, arguments = jobs[i]
+        rule(*arguments)
 
-def _run(jobs: list[tuple]) -> None:
-    for work, arguments in jobs:
-        work(*arguments)
+    machine.for_each(work, len(jobs), tree.size(params) // len(jobs))
 
 
 def _busy_experts(name: str, arrays: tuple[Array, ...]) -> list[tuple[Array, ...]]:

@@ -8,7 +8,6 @@ added up in their own order, so the number of threads changes no bit.
 from __future__ import annotations
 
 import functools
-from concurrent.futures import Executor
 
 from moe_numpy import machine, tree
 from moe_numpy.backend import Array, xp
@@ -25,7 +24,6 @@ def gradients(
     noise: tuple[Array | None, ...] | None = None,
     smoothing: float = 0.0,
     shards: int = 1,
-    pool: Executor | None = None,
 ) -> tuple[model.LossReport, model.ModelParams]:
     """Average the losses of the shards and their gradients.
 
@@ -33,7 +31,6 @@ def gradients(
     ----------
     token_BT, target_BT : integers (B, T); B a multiple of `shards`.
     noise : as `model.draw_noise` draws it, for the whole batch.
-    pool : threads that share the shards out; None for one after the other.
 
     Returns
     -------
@@ -48,7 +45,7 @@ def gradients(
         own = noise and tuple(None if layer is None else layer[rows] for layer in noise)
         batch = (token_BT[first : first + step], target_BT[first : first + step])
         jobs.append(functools.partial(_one, *batch, params, cfg, own, smoothing, 1.0 / shards))
-    reports, grads = zip(*machine.share_out(jobs, pool), strict=True)
+    reports, grads = zip(*machine.share_out(jobs), strict=True)
     return _merge(reports), functools.reduce(_add, grads)
 
 
@@ -67,7 +64,14 @@ def _one(
 
 def _add(total: model.ModelParams, grads: model.ModelParams) -> model.ModelParams:
     """Add up in place: the gradients are fresh, and nobody else's."""
-    return tree.map(lambda a, b: xp.add(a, b, out=a), total, grads)
+    pairs = list(zip(tree.leaves(total), tree.leaves(grads), strict=True))
+
+    def add(i: int) -> None:
+        a, b = pairs[i]
+        xp.add(a, b, out=a)
+
+    machine.for_each(add, len(pairs), tree.size(total) // len(pairs))
+    return total
 
 
 def _merge(reports: tuple[model.LossReport, ...]) -> model.LossReport:

@@ -51,16 +51,16 @@ def gelu_tanh_backward(dy, cache):
     return dy * (s + x * s * (1.0 - s) * slope)
 
 
-def silu_forward(x):
-    """Compute x sigmoid(x)."""
-    s = sigmoid(x)
-    return x * s, (x, s)
+def swiglu_forward(gate, up):
+    """Compute gate sigmoid(gate) up."""
+    s = sigmoid(gate)
+    return gate * s * up, (gate, up, s)
 
 
-def silu_backward(dy, cache):
-    """Compute s (1 + x (1 - s))."""
-    x, s = cache
-    return dy * s * (1.0 + x * (1.0 - s))
+def swiglu_backward(dy, cache):
+    """Compute both branches by the product rule."""
+    gate, up, s = cache
+    return dy * up * s * (1.0 + gate * (1.0 - s)), dy * gate * s
 
 
 def sigmoid(x):
@@ -88,8 +88,8 @@ TWINS = {
     "activations": {
         "gelu_tanh_forward": gelu_tanh_forward,
         "gelu_tanh_backward": gelu_tanh_backward,
-        "silu_forward": silu_forward,
-        "silu_backward": silu_backward,
+        "swiglu_forward": swiglu_forward,
+        "swiglu_backward": swiglu_backward,
     },
     "gather": {"dispatch_backward": dispatch_backward},
     "slices": {
