@@ -24,7 +24,7 @@ from moe_numpy.lab import (
     plots,
     race,
 )
-from moe_numpy.moe import capacity
+from moe_numpy.moe import capacity, experts
 from moe_numpy.training import loop, optimizer
 from tests.benchmarks import plain
 
@@ -258,7 +258,8 @@ def test_tokens_are_split_where_an_expert_has_many_and_else_large_experts_are_sh
     split = lambda E, hidden: bench._split(  # noqa: E731
         plan, MoEConfig(num_experts=E, top_k=2, hidden=hidden), 1024
     )
-    assert [split(8, 512), split(1024, 512), split(1024, 64)] == [(2, 2), (1, 2), (1, 1)]
+    assert [split(8, 512), split(32, 512), split(1024, 512)] == [(2, 2), (1, 2), (1, 2)]
+    assert [split(8, 64), split(128, 64), split(1024, 64)] == [(2, 2), (2, 2), (1, 1)]
     assert PLAN._replace(threads=5).shards == 1 and PLAN._replace(threads=4).shards == 4
 
 
@@ -313,7 +314,9 @@ def RNG():  # noqa: N802
 
 def test_what_a_step_takes_back_is_there_to_be_taken_back():
     assert isinstance(optimizer.BLOCK, int)
-    assert plain.TWINS.keys() | {"memory", "shards", "float32", "blocks"} == bench.STEPS.keys()
+    assert isinstance(experts.FEW, int)
+    settings = {"memory", "shards", "float32", "blocks", "experts", "few"}
+    assert plain.TWINS.keys() | settings == bench.STEPS.keys()
     worker = bench.ABLATION_WORKER.read_text("utf-8")
     assert all(f'"{step}"' in worker for step in bench.STEPS.keys() - plain.TWINS.keys())
 
@@ -322,7 +325,8 @@ def test_what_a_step_takes_back_is_there_to_be_taken_back():
 def worker(monkeypatch):
     """Load the worker of the ablations; what it takes back is put in place again after the test."""
     monkeypatch.syspath_prepend(bench.ABLATION_WORKER.parent)
-    for module, name in ((machine, "keep_memory"), (optimizer, "BLOCK"), (loop, "new_run")):
+    places = [(machine, "keep_memory"), (optimizer, "BLOCK"), (loop, "new_run"), (experts, "FEW")]
+    for module, name in places:
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(bench_work, "build", lambda spec: spec)
     module = importlib.import_module("ablation_worker")
@@ -348,6 +352,9 @@ def test_the_settings_of_a_step_are_taken_back(worker):
     assert worker.build({"without": "shards", "training": {"shards": 2}})["training"]["shards"] == 1
     worker.build({"without": "blocks"})
     assert optimizer.BLOCK > 1 << 40
+    assert worker.build({"without": "experts", "workers": 2})["workers"] == 1
+    worker.build({"without": "few"})
+    assert experts.FEW == 0
     worker.build({"without": "float32"})
     assert run_of("dense").params.token_VC.dtype == "float64"
 
@@ -367,10 +374,12 @@ def steps(tmp_path_factory):
 
 def test_the_record_of_the_steps_has_each_for_the_models_that_it_concerns(steps):
     assert steps["study"] == "speed_steps" and "verdicts" not in steps
-    [row] = steps["rows"]
-    assert (row["name"], row["steps"]) == ("MoE", list(bench.STEPS))
-    assert len(row["sides"]) == 1 + len(row["steps"]) and row["shards"] == 2
-    assert 0 < row["difference"] < race.TOLERANCE  # no step is without any effect
+    row, layer = steps["rows"]
+    assert (row["name"], [*row["steps"], "experts", "few"]) == ("MoE", list(bench.STEPS))
+    assert (layer["name"], layer["steps"]) == ("layer of 8 experts", list(bench.OF_A_LAYER))
+    for part in (row, layer):
+        assert len(part["sides"]) == 1 + len(part["steps"]) and part["threads"] == 2
+        assert 0 < part["difference"] < race.TOLERANCE  # no step is without any effect
     assert bench_report.gain(row, "slices") == row["sides"][-1]["ratio"]
     dense = row | {"steps": [step for step in row["steps"] if step not in bench.EXPERTS_ONLY]}
     assert bench_report.gain(dense, "slices") is None

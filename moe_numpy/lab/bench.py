@@ -51,7 +51,8 @@ class Plan(NamedTuple):
 
 
 WIDTH = 128  # of the layers
-ROWS_TO_SPLIT = 32  # an expert's rows from which on the tokens of a layer are split over threads
+ROWS_TO_SPLIT = 256  # rows of an expert from which on the tokens are split over the threads
+FEW_ROWS = 16  # the same for small experts
 
 # What PyTorch does in each race: the name of a side, how its experts run, whether AdamW is fused.
 RIVALS = {
@@ -77,8 +78,11 @@ STEPS = {
     "blocks": "optimizer in blocks, not whole arrays",
     "gather": "gather on the way back, not np.add.at",
     "slices": "slices of sorted rows, not padded batches",
+    "experts": "threads share experts out, not each product",
+    "few": "few rows: the faster order of a product",
 }
 EXPERTS_ONLY = ("gather", "slices")
+OF_A_LAYER = ("memory", "activations", *EXPERTS_ONLY, "experts", "few")  # that has many experts
 
 
 def models(quick: bool = False) -> dict[str, ModelConfig]:
@@ -198,22 +202,29 @@ def _our_step(plan: Plan, cfg: ModelConfig) -> Worker:
 
 
 def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
-    for name, cfg in models(plan.quick).items() if ABLATION_WORKER.exists() else ():
+    if not ABLATION_WORKER.exists():
+        return
+    for name, cfg in models(plan.quick).items():
+        without = {"experts", "few", *(() if cfg.moe else EXPERTS_ONLY)}
+        without |= {"shards"} if plan.shards == 1 else set()
+        steps = [step for step in STEPS if step not in without]
         report(f"steps of speed, {name}")
-        whole = _our_step(plan, cfg)
-        workers, steps = [whole], []
-        for step, label in STEPS.items():
-            if (step == "shards" and plan.shards == 1) or (step in EXPERTS_ONLY and not cfg.moe):
-                continue
-            command = (sys.executable, str(ABLATION_WORKER))
-            workers.append(Worker(label, command, whole.spec | {"without": step}))
-            steps.append(step)
-        yield {
-            "name": name,
-            "shards": plan.shards,
-            "steps": steps,
-            **race.race_all(workers, plan.rounds, plan.block),
-        }
+        yield {"name": name, **_taken_back(plan, _our_step(plan, cfg), steps)}
+    experts = 8 if plan.quick else 128
+    name = f"layer of {experts} experts"
+    report(f"steps of speed, {name}")
+    moe = MoEConfig(num_experts=experts, top_k=2, hidden=512)
+    steps = [step for step in OF_A_LAYER if step != "experts" or plan.threads > 1]
+    tokens = 8 * experts
+    yield {"name": name, **_taken_back(plan, _our_layer(plan, moe, tokens), steps)}
+
+
+def _taken_back(plan: Plan, whole: Worker, steps: list[str]) -> dict[str, Any]:
+    """Race our side as it is against itself without each of the steps."""
+    command = (sys.executable, str(ABLATION_WORKER))
+    workers = [Worker(STEPS[step], command, whole.spec | {"without": step}) for step in steps]
+    found = race.race_all([whole, *workers], plan.rounds, plan.block)
+    return {"steps": steps, "threads": plan.threads, **found}
 
 
 def _products(told: dict[str, Any]) -> dict[str, Any]:
@@ -245,27 +256,33 @@ def _layers(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
 
 
 def _layer(plan: Plan, name: str, moe: MoEConfig, tokens: int) -> dict[str, Any]:
-    gates = "renormalized" if moe.renormalized else "raw"
-    described = config.to_dict(moe) | {"gate_weights": gates}
-    parts, workers = _split(plan, moe, tokens)
-    spec = {"width": WIDTH, "tokens": tokens, "parts": parts, "workers": workers}
-    workers = [ours("layer", plan, moe=described, **spec)]
+    workers = [_our_layer(plan, moe, tokens)]
     for label, variant, _ in RIVALS["MoE"] if plan.torch else ():
         workers.append(theirs(label, workers[0], variant=variant))
     found = race.race_all(workers, plan.rounds, plan.block)
     sizes = {"experts": moe.num_experts, "top_k": moe.top_k, "hidden": moe.hidden}
-    return {"name": name, **sizes, "tokens": tokens, "parts": parts, **found}
+    split = {what: workers[0].spec[what] for what in ("parts", "workers")}
+    return {"name": name, **sizes, "tokens": tokens, **split, **found}
+
+
+def _our_layer(plan: Plan, moe: MoEConfig, tokens: int) -> Worker:
+    gates = "renormalized" if moe.renormalized else "raw"
+    described = config.to_dict(moe) | {"gate_weights": gates}
+    parts, workers = _split(plan, moe, tokens)
+    spec = {"width": WIDTH, "tokens": tokens, "parts": parts, "workers": workers}
+    return ours("layer", plan, moe=described, **spec)
 
 
 def _split(plan: Plan, moe: MoEConfig, tokens: int) -> tuple[int, int]:
     """Say how our side shares a layer out: into how many parts of the tokens, on how many threads.
 
-    Where an expert has few tokens, each part would need all the matrices: then the threads share
-    the experts out instead or, if those are small, the products.
+    Each part needs all the matrices, and gradients of its own for them. Where an expert has few
+    tokens, the threads share the experts out instead, or if those are small, the products.
     """
-    if tokens * moe.top_k >= ROWS_TO_SPLIT * moe.num_experts:
-        return plan.threads, plan.threads
-    return 1, plan.threads if WIDTH * moe.hidden >= machine.WORTH_A_THREAD else 1
+    rows = tokens * moe.top_k / moe.num_experts
+    if WIDTH * moe.hidden >= machine.WORTH_A_THREAD and rows < ROWS_TO_SPLIT:
+        return 1, plan.threads
+    return (plan.threads, plan.threads) if rows >= FEW_ROWS else (1, 1)
 
 
 def _overhead(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:

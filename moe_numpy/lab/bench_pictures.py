@@ -141,29 +141,29 @@ def speed_figure(record: dict[str, Any]) -> Figure:
 
 
 def steps_figure(record: dict[str, Any]) -> Figure:
-    """Draw what each step of speed gains, a bar for every model with the spread of the rounds."""
+    """Draw what each step of speed gains, a bar for every row with the spread of the rounds."""
     rows = record["rows"]
-    steps = max((row["steps"] for row in rows), key=len)
-    figure = Figure(figsize=(10, 1.6 + 0.62 * len(steps)), layout="constrained", dpi=110)
+    steps = labels(rows)
+    figure = Figure(figsize=(10, 1.6 + 0.7 * len(steps)), layout="constrained", dpi=110)
     ax = figure.subplots()
     for i, row in enumerate(rows):
         found = [(y, gain(row, step)) for y, step in enumerate(steps)]
-        found = [(y + 0.26 * (i - 1), ratio) for y, ratio in found if ratio is not None]
+        found = [(y + 0.2 * (i - 1.5), ratio) for y, ratio in found if ratio is not None]
         places = [y for y, _ in found]
         medians = np.array([ratio["median"] for _, ratio in found])
         ends = np.array([[ratio["low"], ratio["high"]] for _, ratio in found]).T
         reach = np.abs(ends - medians)
-        style = {"height": 0.24, "color": COLORS[i], "ecolor": NEUTRAL, "label": row["name"]}
+        style = {"height": 0.18, "color": COLORS[i], "ecolor": NEUTRAL, "label": row["name"]}
         ax.barh(places, medians - 1, left=1, xerr=reach, **style)
         for y, median, end in zip(places, medians, ends[1], strict=True):
             ax.text(max(end, 1.0), y, f" {median:.2f}", va="center", fontsize=8)
     ax.axvline(1.0, color=NEUTRAL, linewidth=0.8)
-    ax.set_yticks(range(len(steps)), labels(rows), fontsize=9)
+    ax.set_yticks(range(len(steps)), steps.values(), fontsize=9)
     ax.invert_yaxis()
     ax.margins(x=0.12)
     lows = [side["ratio"]["low"] for row in rows for side in row["sides"][1:]]
     ax.set_xlim(left=max(0.0, min(1.0, *lows) - 0.1))
-    ax.set_xlabel("time of a training step without it / with it (bar: median; line: all rounds)")
+    ax.set_xlabel("time without it / with it (bar: median; line: all rounds)")
     ax.set_title("What each step of speed gains, taken back one at a time")
     ax.legend(fontsize=8)
     figure.supxlabel(machine_line(record), fontsize=7)

@@ -37,26 +37,25 @@ def table(record: dict[str, Any]) -> str:
 
 
 def steps_table(record: dict[str, Any]) -> str:
-    """Write what every step of speed gains: time without it over time with it, per model."""
+    """Write what every step of speed gains: time without it over time with it, per row."""
     rows = record["rows"]
-    lines = [machine_line(record), f"{'':<52}" + "".join(f"{row['name']:>21}" for row in rows)]
-    lines += [f"{'all steps (ms)':<52}" + "".join(f"{_first(row):>21.4g}" for row in rows)]
-    names = max((row["steps"] for row in rows), key=len)
-    for step, label in zip(names, labels(rows), strict=True):
+    lines = [machine_line(record), f"{'':<48}" + "".join(f"{row['name']:>22}" for row in rows)]
+    lines += [f"{'all steps (ms)':<48}" + "".join(f"{_first(row):>22.4g}" for row in rows)]
+    for step, label in labels(rows).items():
         cells = [gain(row, step) for row in rows]
         texts = ["" if found is None else _spread(found) for found in cells]
-        lines.append((f"{label:<52}" + "".join(f"{text:>21}" for text in texts)).rstrip())
+        lines.append((f"{label:<48}" + "".join(f"{text:>22}" for text in texts)).rstrip())
     return "\n".join(lines)
 
 
-def labels(rows: list[dict[str, Any]]) -> list[str]:
-    """Name the steps of the model that has the most."""
-    most = max(rows, key=lambda row: len(row["steps"]))
-    return [side["name"] for side in most["sides"][1:]]
+def labels(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Name the steps of all rows."""
+    sides = [zip(row["steps"], row["sides"][1:], strict=True) for row in rows]
+    return {step: side["name"] for pairs in sides for step, side in pairs}
 
 
 def gain(row: dict[str, Any], step: str) -> dict[str, float] | None:
-    """Find what a step gains in a row of steps; None if that model does without it."""
+    """Find what a step gains in a row of steps; None where it has no place."""
     if step not in row["steps"]:
         return None
     return row["sides"][1 + row["steps"].index(step)]["ratio"]

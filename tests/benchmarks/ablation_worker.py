@@ -8,6 +8,7 @@ from plain import TWINS
 from moe_numpy import machine
 from moe_numpy.classroom import registry
 from moe_numpy.lab import bench_process, bench_work
+from moe_numpy.moe import experts
 from moe_numpy.training import loop, optimizer
 
 until_the_end = contextlib.ExitStack()
@@ -39,6 +40,16 @@ def one_block(spec):
     optimizer.BLOCK = 1 << 62
 
 
+def products_of_two_threads(spec):
+    """Let the threads meet in the products instead of sharing out experts."""
+    spec["workers"] = 1
+
+
+def one_order(spec):
+    """Multiply few rows as many."""
+    experts.FEW = 0
+
+
 def double_precision(spec):
     """Compute with numbers of twice the size."""
     loop.new_run = functools.partial(loop.new_run, dtype="float64")
@@ -49,6 +60,8 @@ SETTINGS = {
     "shards": one_shard,
     "blocks": one_block,
     "float32": double_precision,
+    "experts": products_of_two_threads,
+    "few": one_order,
 }
 
 if __name__ == "__main__":
