@@ -2,7 +2,8 @@
 
 For a single token everything but the matrices is short, and the calls cost more than the
 arithmetic. This is `model_forward` with as few of them as it takes, in less than two thirds of its
-time, for the models that `supports` names. Half of what is left is waiting for the matrices.
+time, for the models that `supports` names. Most of what is left goes to the matrices: one token
+reads them from memory and uses each number once.
 
 Left out is what one token does not need: no mask (nothing is in its future), no plan (no other
 choice waits for a place), no noise, limit, balance term or report (generation has none), and no
