@@ -23,8 +23,9 @@ ALLOWED = {
     ("moe/assignment", "balanced_assignment", "tolist"): "walks over a table that crossed in one",
     ("moe/selection", "expert_choice", "tolist"): "how many experts a token got: the one crossing",
     ("transformer/generation", "generate", "int"): "the prompt is the caller's, on the host",
-    ("transformer/generation", "_continue", "int"): "a token has to cross to be read",
-    ("transformer/generation", "_continue", "rng"): "the draw is compared on the host",
+    ("transformer/decode", "_choose", "tolist"): "runs with NumPy alone, see `supports`",
+    ("transformer/generation", "_draw", "int"): "a token has to cross to be read",
+    ("transformer/generation", "_draw", "rng"): "the draw is compared on the host",
 }
 
 

@@ -151,12 +151,12 @@ def top_k(score_NE: Array, k: int) -> Array:
     Shapes     score_NE (N, E) -> expert_NK (N, k) integers
     """
     N = score_NE.shape[0]
-    remaining_NE = score_NE.copy()
+    token_N, remaining_NE = xp.arange(N), score_NE.copy()
     expert_NK = xp.empty((N, k), xp.intp)
     for choice in range(k):
         best_N = remaining_NE.argmax(1)
         expert_NK[:, choice] = best_N
-        remaining_NE[xp.arange(N), best_N] = -xp.inf
+        remaining_NE[token_N, best_N] = -xp.inf
     return expert_NK
 
 

@@ -62,6 +62,13 @@ class KeyValues:
         self._v_BGSD[:, :, start : self.length] = v_BGTD
         return self._k_BGSD[:, :, : self.length], self._v_BGSD[:, :, : self.length]
 
+    def append_one(self, k_GD: Array, v_GD: Array) -> tuple[Array, Array]:
+        """Add one position of the only sequence; return views of all, (G, S, D) each."""
+        start, self.length = self.length, self.length + 1
+        k_GSD, v_GSD = self._k_BGSD[0, :, : self.length], self._v_BGSD[0, :, : self.length]
+        k_GSD[:, start], v_GSD[:, start] = k_GD, v_GD
+        return k_GSD, v_GSD
+
 
 def init_attention(rng: Generator, cfg: ModelConfig, dtype: str) -> AttentionParams:
     """Draw with deviation 0.02; less for the output, which 2 * layers residual branches share.

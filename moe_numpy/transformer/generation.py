@@ -10,7 +10,7 @@ from numpy.random import Generator, default_rng
 from moe_numpy.backend import Array, to_device, to_host, xp
 from moe_numpy.config import ModelConfig
 from moe_numpy.ops import linear, softmax
-from moe_numpy.transformer import attention, model
+from moe_numpy.transformer import attention, decode, model
 
 
 def sampling_probabilities(
@@ -101,18 +101,31 @@ def _continue(
 ) -> Iterator[int]:
     dtype = params.token_VC.dtype
     kv, unread = None, history[-cfg.context :]
+    ready = decode.prepare(params, cfg) if decode.supports(cfg) else None
     for _ in range(tokens):
         if kv is None or kv[0].length + len(unread) > cfg.context:
             if kv is not None:
                 unread = history[-max(1, cfg.context // 2) :]
             kv = tuple(attention.KeyValues(cfg, 1, dtype) for _ in params.blocks)
-        logits_BTV, _, _, _ = model.model_forward(to_device([unread]), params, cfg, kv=kv)
-        prob_V = sampling_probabilities(logits_BTV[0, -1], *knobs)
-        cumulative_V = to_host(prob_V).cumsum()
-        token = int(cumulative_V.searchsorted(rng.random() * cumulative_V[-1], "right"))
+        if ready is not None and len(unread) == 1:
+            logits_V = decode.next_logits(unread[0], params, ready, cfg, kv)
+        else:
+            logits_BTV, _, _, _ = model.model_forward(to_device([unread]), params, cfg, kv=kv)
+            logits_V = logits_BTV[0, -1]
+        token = _draw(logits_V, rng, *knobs)
         history.append(token)
         unread = [token]
         yield token
+
+
+def _draw(
+    logits_V: Array, rng: Generator, temperature: float, top_k: int | None, top_p: float
+) -> int:
+    if temperature == 0:  # the best token, whatever the draw
+        return int(to_host(logits_V.argmax()))
+    prob_V = sampling_probabilities(logits_V, temperature, top_k, top_p)
+    cumulative_V = to_host(prob_V).cumsum()
+    return int(cumulative_V.searchsorted(rng.random() * cumulative_V[-1], "right"))
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:

@@ -1,0 +1,186 @@
+"""One token through the model: what generation does for every token after the prompt.
+
+For a single token everything but the matrices is short, and the calls cost more than the
+arithmetic. This is `model_forward` with as few of them as it takes, in less than two thirds of its
+time, for the models that `supports` names. Most of what is left goes to the matrices: one token
+reads them from memory and uses each number once.
+
+Left out is what one token does not need: no mask (nothing is in its future), no plan (no other
+choice waits for a place), no noise, limit, balance term or report (generation has none), and no
+cache (there is no backward). `x.dot(w)` is `x @ w` with less to decide before it starts.
+
+The plain pairs stay the judge: the tests hold logits, tokens and the gain against them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from moe_numpy.backend import Array, few_launches, xp
+from moe_numpy.config import GroupLimited, ModelConfig, MoEConfig
+from moe_numpy.moe import layer, mlp, router, routing, score, shared
+from moe_numpy.ops import activation, rotary, softmax
+from moe_numpy.transformer import attention, block, model
+
+
+class Ready(NamedTuple):
+    """What is made once for all tokens.
+
+    qkv_CO    of every layer: the matrices of queries, keys and values side by side, the scale of
+              the attention logits in the queries; 4 * C * (H + 2 G) * D bytes in float32
+    unit_D1D  the unit vectors, for rotary positions to turn
+    """
+
+    qkv_CO: tuple[Array, ...]
+    unit_D1D: Array
+
+
+def supports(cfg: ModelConfig) -> bool:
+    """Tell whether `next_logits` covers a model; the others are left to `model_forward`.
+
+    It covers the plain top k and that in the best groups, shared experts, all scores and gates on
+    the output, both norms, both kinds of positions, and shared keys and values. On a GPU it covers
+    nothing: Python looks at the scores, and would wait for the device in every layer.
+    """
+    rare = cfg.sandwich or cfg.attention_bias or cfg.sinks or cfg.extra_ffn or not cfg.causal
+    rare = rare or cfg.qk_norm is not None or cfg.logit_cap is not None
+    if cfg.moe is not None:
+        part = cfg.moe.selection
+        groups = isinstance(part, GroupLimited) and not score.gates_from_logits(cfg.moe)
+        rare = rare or cfg.moe.capacity is not None or not (part is None or groups)
+        rare = rare or cfg.moe.gate_on == "input" or cfg.moe.expert_bias
+        rare = rare or cfg.moe.activation == "swiglu3"
+    return not rare and not few_launches()
+
+
+def prepare(params: model.ModelParams, cfg: ModelConfig) -> Ready:
+    """Join the projections of every layer.
+
+    Shapes     q_CHD (C, H, D), k_CGD and v_CGD (C, G, D) -> qkv_CO (C, (H + 2 G) * D)
+    """
+    scale = cfg.attention_scale or 1.0 / math.sqrt(cfg.head_width)
+    parts = [own.attention for own in params.blocks]
+    joined = [xp.concatenate((p.q_CHD * scale, p.k_CGD, p.v_CGD), 1) for p in parts]
+    unit = xp.eye(cfg.head_width, dtype=params.token_VC.dtype)
+    return Ready(tuple(qkv.reshape(cfg.width, -1) for qkv in joined), unit[:, None])
+
+
+def next_logits(
+    token: int,
+    params: model.ModelParams,
+    ready: Ready,
+    cfg: ModelConfig,
+    kv: tuple[attention.KeyValues, ...],
+) -> Array:
+    """Predict what follows one more token; its keys and values join those of `kv`.
+
+        x = embedding_scale token[t] + position[t]
+        x = x + attention(norm(x)),    x = x + feed(norm(x))    for every layer
+        logits = logit_scale norm(x) head
+
+    Shapes     one token, one `kv` for each layer -> logits_V (V,)
+    Units      logits in nats
+    Source     `model_forward`, step by step
+    """
+    x_C = params.token_VC[token] * cfg.embedding_scale  # 1. embed
+    if params.position_TC is not None:
+        x_C += params.position_TC[kv[0].length]
+    turn_DD = None
+    if cfg.positions == "rotary":  # a rotation is the matrix that it makes of the unit vectors
+        turn_DD = rotary.rotary_forward(ready.unit_D1D, *kv[0].turns(1))[0][:, 0]
+    for own, qkv_CO, own_kv in zip(params.blocks, ready.qkv_CO, kv, strict=True):  # 2. layers
+        n_C = _normalize(x_C, own.norm_1, cfg.norm_eps)
+        x_C += _attend(n_C, qkv_CO, own.attention.out_HDC, turn_DD, own_kv)
+        n_C = _normalize(x_C, own.norm_2, cfg.norm_eps)
+        if isinstance(own.feed, layer.MoEParams):
+            x_C += _mix(n_C, own.feed, cfg.moe)
+        else:
+            x_C += mlp.mlp_forward(n_C, own.feed, cfg.dense_activation)[0]
+    n_C = _normalize(x_C, params.norm, cfg.norm_eps)  # 3. last norm
+    n_C *= cfg.logit_scale
+    head_CV = params.token_VC.T if params.head_CV is None else params.head_CV
+    return n_C.dot(head_CV)  # 4. logits
+
+
+def _normalize(x_C: Array, params: block.NormParams, eps: float) -> Array:
+    """Do what `block.normalize_forward` does; the size of one vector is one number."""
+    if params.bias_C is not None:
+        x_C = x_C - x_C.sum() / x_C.size
+    n_C = x_C * params.gain_C
+    n_C *= 1.0 / math.sqrt(x_C.dot(x_C) / x_C.size + eps)
+    return n_C if params.bias_C is None else n_C + params.bias_C
+
+
+def _attend(
+    x_C: Array,
+    qkv_CO: Array,
+    out_HDC: Array,
+    turn_DD: Array | None,
+    kv: attention.KeyValues,
+) -> Array:
+    """Do what `attention.attention_forward` does, for H queries at one position.
+
+    The heads lie below each other: H queries, G keys, G values. H / G queries share a key head,
+    whose rows in `z` they are.
+    """
+    H, D, C = out_HDC.shape
+    qkv = x_C.dot(qkv_CO).reshape(-1, D)  # 1. project
+    G = (len(qkv) - H) // 2
+    qk, v_GD = qkv[: H + G], qkv[H + G :]
+    if turn_DD is not None:
+        qk = qk.dot(turn_DD)  # 2. positions
+    k_GSD, v_GSD = kv.append_one(qk[H:], v_GD)
+    z = qk[:H].reshape(G, H // G, D) @ k_GSD.swapaxes(1, 2)  # 3. weights (G, H / G, S)
+    a, _ = softmax.softmax_forward(z)
+    o = a @ v_GSD  # 4. weighted values (G, H / G, D)
+    return o.reshape(H * D).dot(out_HDC.reshape(H * D, C))  # 5. merge
+
+
+def _mix(x_C: Array, params: layer.MoEParams, cfg: MoEConfig) -> Array:
+    """Do what `layer.moe_forward` does, one chosen expert after the other."""
+    chosen, gates = _choose(x_C, params.router, cfg)  # 1. route
+    own, K, dtype = params.experts, cfg.top_k, x_C.dtype
+    a_KF, up_KF = xp.empty((2, K, cfg.hidden), dtype)
+    for k, e in enumerate(chosen):  # 2. widen
+        x_C.dot(own.in_ECF[e], a_KF[k])
+        if own.up_ECF is not None:
+            x_C.dot(own.up_ECF[e], up_KF[k])
+    branches = (a_KF,) if own.up_ECF is None else (a_KF, up_KF)
+    h_KF, _ = activation.activate_forward(cfg.activation, *branches)  # 3. activate
+    y_KC = xp.empty((K, x_C.size), dtype)
+    for k, e in enumerate(chosen):  # 4. narrow
+        h_KF[k].dot(own.out_EFC[e], y_KC[k])
+    y_C = xp.asarray(gates, dtype).dot(y_KC)  # 5. weigh
+    if params.shared is not None:
+        y_C += shared.shared_forward(x_C[None], params.shared, cfg)[0][0]
+    return y_C
+
+
+def _choose(
+    x_C: Array, params: router.RouterParams, cfg: MoEConfig
+) -> tuple[list[int], list[float]]:
+    """Do what `routing.route_forward` does; so few numbers Python compares faster than NumPy.
+
+    A tie goes to the lower index.
+
+    Shapes     -> the k best experts, best first, and their gates
+    """
+    read_NE = logit_NE = x_C.dot(params.w_CE)[None]  # 1. logits, of N = 1 token
+    if params.offset_E is not None:
+        logit_NE += params.offset_E
+    among_chosen = score.gates_from_logits(cfg)
+    if not among_chosen:
+        read_NE, _ = score.score_forward(cfg.score, logit_NE)  # 2. scores
+    (rank,) = routing.ranking(logit_NE, read_NE, params.bias_E, cfg).tolist()
+    (read,), chosen = read_NE.tolist(), []
+    for _ in range(cfg.top_k):  # 3. choice
+        best = rank.index(max(rank))
+        rank[best] = -math.inf
+        chosen.append(best)
+    gates = [read[e] for e in chosen]  # 4. gates
+    if among_chosen:
+        top = max(gates)
+        gates = [math.exp(z - top) for z in gates]
+    total = max(sum(gates), score.TINY) if cfg.renormalized else 1.0
+    return chosen, [gate / total * cfg.gate_scale for gate in gates]
