@@ -321,3 +321,10 @@ def test_blocks_change_no_bit_whatever_the_layout(name, monkeypatch):
     assert tiny.same_bits(*results)
     y, cache = pair.forward(*(np.ascontiguousarray(x) for x in given))
     assert tiny.same_bits((y, pair.backward(dy, cache)), results[1])
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "swiglu3"])
+def test_the_activation_alone_is_that_of_the_pair(name):
+    branches = np.random.default_rng(6).standard_normal((1 + (name in GATED), 3, 5))
+    wanted, _ = activation.activate_forward(name, *branches)
+    assert activation.activate(name, *branches).tobytes() == wanted.tobytes()

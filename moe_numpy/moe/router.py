@@ -15,7 +15,7 @@ from moe_numpy.config import (
     MoEConfig,
     SecondExpert,
 )
-from moe_numpy.ops import activation, linear, softmax
+from moe_numpy.ops import activation, linear, rows, softmax
 
 
 class RouterParams(NamedTuple):
@@ -150,14 +150,17 @@ def top_k(score_NE: Array, k: int) -> Array:
 
     Shapes     score_NE (N, E) -> expert_NK (N, k) integers
     """
-    N = score_NE.shape[0]
-    token_N, remaining_NE = xp.arange(N), score_NE.copy()
-    expert_NK = xp.empty((N, k), xp.intp)
-    for choice in range(k):
+    expert_NK = xp.empty((score_NE.shape[0], k), xp.intp)
+    rows.in_blocks(_top_k, score_NE, expert_NK)
+    return expert_NK
+
+
+def _top_k(score_NE: Array, expert_NK: Array) -> None:
+    token_N, remaining_NE = xp.arange(len(score_NE)), score_NE.copy()
+    for choice in range(expert_NK.shape[1]):
         best_N = remaining_NE.argmax(1)
         expert_NK[:, choice] = best_N
         remaining_NE[token_N, best_N] = -xp.inf
-    return expert_NK
 
 
 def raw_gate_forward(prob_NE: Array, expert_NK: Array) -> tuple[Array, Cache]:

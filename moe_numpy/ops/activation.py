@@ -119,9 +119,11 @@ def silu_backward(dy: Array, cache: Cache) -> Array:
     return dy * slope
 
 
-def _silu(x: Array, y: Array, slope: Array) -> None:
+def _silu(x: Array, y: Array, slope: Array | None) -> None:
     s = _sigmoid(x)
     xp.multiply(x, s, out=y)
+    if slope is None:
+        return
     xp.subtract(1.0, s, out=slope)  # s + y (1 - s), in place
     slope *= y
     slope += s
@@ -174,17 +176,19 @@ def gelu_tanh_backward(dy: Array, cache: Cache) -> Array:
     return dy * slope
 
 
-def _gelu_tanh(x: Array, y: Array, slope: Array) -> None:
+def _gelu_tanh(x: Array, y: Array, slope: Array | None) -> None:
     a = math.sqrt(2.0 / math.pi)
     b = 0.044715 * a
-    xp.multiply(x, x, out=slope)
-    h = b * slope  # (1 + tanh(a x + b x^3)) / 2, in place
+    square = xp.multiply(x, x, out=slope)
+    h = b * square  # (1 + tanh(a x + b x^3)) / 2, in place
     h += a
     h *= x
     xp.tanh(h, out=h)
     h += 1.0
     h *= 0.5
     xp.multiply(x, h, out=y)
+    if slope is None:
+        return
     slope *= 6.0 * b  # h + y (1 - h) (2 a + 6 b x^2), in place
     slope += 2.0 * a
     slope *= y
@@ -325,6 +329,29 @@ def activate_backward(dy: Array, cache: Cache) -> tuple[Array, Array | None, Arr
     if not isinstance(found, tuple):
         return found, None, None
     return (*found, None) if len(found) == 2 else found
+
+
+def activate(kind: str, a: Array, up: Array | None = None) -> Array:
+    """Compute what `activate_forward` does, without what a backward would need.
+
+    Shapes     a (..., F); up (..., F) for the gated kinds of two branches, else None -> y (..., F)
+    """
+    forward = globals()[f"{kind}_forward"]
+    if forward not in _FILLS:  # no shorter way is known, or the function was swapped
+        return activate_forward(kind, a, up)[0]
+    y = xp.empty(a.shape, a.dtype)
+    _FILLS[forward](a, y, None)
+    if up is not None:
+        y *= up
+    return y
+
+
+_FILLS = {
+    silu_forward: _silu,
+    swiglu_forward: _silu,
+    gelu_tanh_forward: _gelu_tanh,
+    geglu_forward: _gelu_tanh,
+}
 
 
 def _sigmoid(x: Array) -> Array:

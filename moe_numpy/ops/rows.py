@@ -6,6 +6,7 @@ large arrays wait for memory, which blocks that stay in a core's cache do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from moe_numpy import machine
@@ -64,20 +65,23 @@ def maximum(x: Array) -> Array:
 
 
 def in_blocks(fill: Callable[..., None], *arrays: Array) -> None:
-    """Call `fill` with one block of all arrays after the other: it reads some, writes into others.
+    """Call `fill` with one block of rows of all arrays after the other.
 
-    For functions of single numbers that take many passes over their arrays.
+    It reads some and writes into others. For functions that take many passes over rows, or over
+    single numbers, none of which needs another row.
 
-    Shapes     arrays all of one shape (...); those that are written into are contiguous
+    Shapes     arrays (..., C), each with a C of its own and the same number of rows; those that are
+               written into are contiguous
     """
-    size = arrays[0].size
-    if size <= BLOCK or few_launches():
+    count = math.prod(arrays[0].shape[:-1])
+    step = BLOCK // max(1, *(array.shape[-1] for array in arrays if array.ndim)) or 1
+    if count <= 2 * step or few_launches():
         fill(*arrays)
         return
-    flat = [array.reshape(-1) for array in arrays]
+    tables = [array.reshape(-1, array.shape[-1]) for array in arrays]
 
     def work(i: int) -> None:
-        block = slice(i * BLOCK, (i + 1) * BLOCK)
-        fill(*(array[block] for array in flat))
+        block = slice(i * step, (i + 1) * step)
+        fill(*(table[block] for table in tables))
 
-    machine.for_each(work, -(-size // BLOCK), BLOCK)
+    machine.for_each(work, -(-count // step), BLOCK)

@@ -16,9 +16,8 @@ def softmax_forward(z: Array) -> tuple[Array, Cache]:
     Cache      (p,)
     Source     Bridle 1990; the maximum is subtracted so that exp cannot overflow
     """
-    p = z - rows.maximum(z)
-    xp.exp(p, out=p)  # 1. exponentials
-    p /= rows.sums(p)  # 2. normalized
+    p = xp.empty(z.shape, z.dtype)
+    rows.in_blocks(_softmax, z, p)
     return p, (p,)
 
 
@@ -34,6 +33,12 @@ def softmax_backward(dp: Array, cache: Cache) -> Array:
     dz = dp - rows.dots(p, dp)
     dz *= p
     return dz
+
+
+def _softmax(z: Array, p: Array) -> None:
+    xp.subtract(z, rows.maximum(z), out=p)
+    xp.exp(p, out=p)  # 1. exponentials
+    p /= rows.sums(p)  # 2. normalized
 
 
 def log_softmax_forward(z: Array) -> tuple[Array, Cache]:

@@ -146,8 +146,8 @@ def _mix(x_C: Array, params: layer.MoEParams, cfg: MoEConfig) -> Array:
         x_C.dot(own.in_ECF[e], a_KF[k])
         if own.up_ECF is not None:
             x_C.dot(own.up_ECF[e], up_KF[k])
-    branches = (a_KF,) if own.up_ECF is None else (a_KF, up_KF)
-    h_KF, _ = activation.activate_forward(cfg.activation, *branches)  # 3. activate
+    up_KF = None if own.up_ECF is None else up_KF
+    h_KF = activation.activate(cfg.activation, a_KF, up_KF)  # 3. activate
     y_KC = xp.empty((K, x_C.size), dtype)
     for k, e in enumerate(chosen):  # 4. narrow
         h_KF[k].dot(own.out_EFC[e], y_KC[k])
