@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -197,6 +198,26 @@ def test_the_bytes_are_counted_once_each():
     assert sum(a.nbytes for a in bench_products.buffers((x, [x[:3], {"y": x.T}])).values()) == 800
     hidden = 12 * 64 * 4 * 32 * 4  # the hidden rows of the one layer in float32
     assert 2 * hidden < found["activations"] < 40 * hidden
+
+
+@pytest.mark.parametrize("name", ["dense", "MoE", "Mixtral"])
+def test_the_memory_of_a_step_is_that_of_the_formula(name):
+    """The formula of `model_forward` against the arrays, and both against what was asked for."""
+    cfg = bench.models()[name]
+    run = loop.new_run(bench_work.text(65), cfg, bench_work.training())
+    found, moe = bench_products.bytes_of(run), cfg.moe
+    C, F, K = cfg.width, moe.hidden if moe else cfg.hidden, moe.top_k if moe else 1
+    feed = (3 if moe and moe.gated else 2) * K * F + (2 * K * C if moe else 0)
+    numbers = cfg.layers * (8 * C + cfg.heads * cfg.context + feed)
+    tokens = run.training.batch * cfg.context
+    assert abs(4 * tokens * numbers / found["activations"] - 1) < 0.05
+    loop.take_step(run)
+    tracemalloc.start()
+    loop.take_step(run)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    kept = found["parameters"] + found["optimizer"]  # there before the step
+    assert abs((kept + peak) / sum(found.values()) - 1) < 0.15
 
 
 def test_every_shard_has_gradients_of_its_own():

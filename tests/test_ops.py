@@ -9,6 +9,7 @@ import tiny
 
 from moe_numpy.classroom import registry
 from moe_numpy.config import ACTIVATIONS, GATED, MoEConfig
+from moe_numpy.lab.bench_products import buffers
 from moe_numpy.moe import balance, capacity, dispatch, experts, mlp, router
 from moe_numpy.ops import activation, linear, loss, norm, normal, rotary, rows, softmax
 from moe_numpy.transformer import attention
@@ -328,3 +329,16 @@ def test_the_activation_alone_is_that_of_the_pair(name):
     branches = np.random.default_rng(6).standard_normal((1 + (name in GATED), 3, 5))
     wanted, _ = activation.activate_forward(name, *branches)
     assert activation.activate(name, *branches).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("gelu_tanh", 2), ("silu", 2), ("swiglu", 3), ("geglu", 3), ("swiglu3", 5)],
+)
+def test_an_mlp_keeps_as_many_hidden_rows_as_it_says(name, share):
+    params = mlp.init_mlp(np.random.default_rng(7), 2, 500, name, "float32", 1)
+    x = np.ones((16, 2), "float32")
+    _, cache = mlp.mlp_forward(x, params, name)
+    given = {id(array) for array in (x, *leaves(params))}
+    kept = sum(array.size for key, array in buffers(cache).items() if key not in given)
+    assert kept == share * 16 * 500

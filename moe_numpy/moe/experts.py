@@ -242,7 +242,7 @@ def experts_forward(
     "swiglu3" takes a third branch, x third; each product but that adds its bias, if there is one.
 
     Shapes     x_RC (R, C), rows sorted by expert; offsets E + 1 integers -> y_RC (R, C)
-    Cache      the caches of its parts: x once, about 4*R*F numbers (6*R*F gated, 7*R*F swiglu3)
+    Cache      the caches of its parts: x once, 2*R*F numbers (3*R*F gated, 5*R*F swiglu3)
     Source     Shazeer et al. 2017, section 3.1; gated: Jiang et al. 2024, Mixtral, section 2.1
     """
     a_RF, in_cache = expert_linear_forward(x_RC, params.in_ECF, params.in_EF, offsets)  # 1. widen

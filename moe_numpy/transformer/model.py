@@ -74,8 +74,10 @@ def model_forward(
     Shapes     token_BT (B, T) integers -> logits_BTV (B, T, V); aux (), the balance terms of the
                layers summed or averaged; reports
     Units      logits in nats
-    Cache      the caches of the parts; `model_backward` pops the layers' one by one. With
-               `cfg.recompute` a layer leaves only its input there, 4*B*T*C bytes in float32
+    Cache      the caches of the parts; `model_backward` pops the layers' one by one. For a token,
+               a layer holds about 8*C + H*T numbers of attention and norms (as many key as query
+               heads) and 2*F of a GELU MLP, or 2*K*(C + F) of experts; gated ones 3*F for 2*F.
+               With `cfg.recompute` a layer leaves only its input there, C numbers
     Raises     ValueError if the sequence is longer than the context or a token is unknown
     Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
     """
