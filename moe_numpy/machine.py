@@ -87,10 +87,11 @@ def share_out(jobs: list[Callable[[], Any]]) -> list[Any]:
 def for_each(work: Callable[[int], Any], count: int, size: int) -> None:
     """Call work(0), work(1), ... work(count - 1), on the threads of `workers` if there are any.
 
-    A call touches `size` numbers. Where those are few, threads would wait for each other's Python
-    longer than they work: then the caller does it all.
+    All calls together touch `size` numbers. Where those of one call are few, threads would wait for
+    each other's Python longer than they work: then the caller does it all.
     """
-    jobs = min(PARTS, count) if _pool.get() and size >= WORTH_A_THREAD else 1
+    shared = _pool.get() is not None and size >= count * WORTH_A_THREAD
+    jobs = min(PARTS, count) if shared else 1
 
     def some(first: int) -> None:
         for i in range(first, count, jobs):

@@ -176,10 +176,10 @@ def test_a_job_shares_nothing_out_in_turn(two_threads):
 def test_little_work_stays_with_the_caller(two_threads):
     where = []
     work = lambda i: where.append((i, threading.get_ident()))  # noqa: E731
-    machine.for_each(work, 5, machine.WORTH_A_THREAD - 1)
+    machine.for_each(work, 5, 5 * machine.WORTH_A_THREAD - 1)
     assert where == [(i, threading.get_ident()) for i in range(5)]
     where.clear()
-    machine.for_each(work, 5, machine.WORTH_A_THREAD)
+    machine.for_each(work, 5, 5 * machine.WORTH_A_THREAD)
     assert sorted(i for i, _ in where) == list(range(5))
     assert threading.get_ident() not in {thread for _, thread in where}
 

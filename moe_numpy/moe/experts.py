@@ -100,7 +100,7 @@ def grouped_linear_forward(
         if rows.start < rows.stop:
             xp.matmul(x_RI[rows], w_EIO[e], out=y_RO[rows])
 
-    machine.for_each(multiply, len(w_EIO), w_EIO[0].size)
+    machine.for_each(multiply, len(w_EIO), w_EIO.size)
     return y_RO, (x_RI, w_EIO, offsets)
 
 
@@ -126,7 +126,7 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
             x, dy = (xp.concatenate((row, xp.zeros_like(row))) for row in (x, dy))
         xp.matmul(x.T, dy, out=dw_EIO[e])
 
-    machine.for_each(undo, len(w_EIO), w_EIO[0].size)
+    machine.for_each(undo, len(w_EIO), w_EIO.size)
     return dx_RI, dw_EIO
 
 

@@ -84,4 +84,5 @@ def in_blocks(fill: Callable[..., None], *arrays: Array) -> None:
         block = slice(i * step, (i + 1) * step)
         fill(*(table[block] for table in tables))
 
-    machine.for_each(work, -(-count // step), BLOCK)
+    blocks = -(-count // step)
+    machine.for_each(work, blocks, blocks * BLOCK)
