@@ -43,7 +43,7 @@ def norm(arrays: tree.Tree) -> Array:
     def square(i: int) -> None:
         squares[i] = xp.vdot(leaves[i], leaves[i])
 
-    machine.for_each(square, len(leaves), tree.size(arrays))
+    machine.for_each(square, len(leaves), sum(leaf.size for leaf in leaves))
     return xp.sqrt(sum(squares))
 
 
@@ -86,7 +86,7 @@ def update(
         rule, arguments = jobs[i]
         rule(*arguments)
 
-    machine.for_each(work, len(jobs), tree.size(params))
+    machine.for_each(work, len(jobs), sum(arguments[0].size for _, arguments in jobs))
 
 
 def _busy_experts(name: str, arrays: tuple[Array, ...]) -> list[tuple[Array, ...]]:

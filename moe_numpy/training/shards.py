@@ -70,7 +70,7 @@ def _add(total: model.ModelParams, grads: model.ModelParams) -> model.ModelParam
         a, b = pairs[i]
         xp.add(a, b, out=a)
 
-    machine.for_each(add, len(pairs), tree.size(total))
+    machine.for_each(add, len(pairs), sum(a.size for a, _ in pairs))
     return total
 
 
