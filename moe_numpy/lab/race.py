@@ -27,6 +27,7 @@ TOLERANCE = 1e-4  # largest difference of two tensors, relative to the largest n
 BUSY = 0.15  # share of the machine's time that others took: more marks the round
 GAP = 0.1  # seconds between two blocks
 QUIET_ROUNDS = 3  # as many must be left for the busy ones to be set aside
+PATIENCE = 4  # times the rounds that were asked for: then no further quiet ones are waited for
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -102,6 +103,7 @@ def race_all(
 
     Parameters
     ----------
+    rounds : quiet ones; a busy round is marked and repeated, up to `PATIENCE` times as many in all.
     block : seconds that a block takes at least, a whole number of repetitions.
     same : whether the values must be equal; False for sides that compute different functions.
 
@@ -122,7 +124,7 @@ def race_all(
         difference = prepare(processes, Path(folder)) if same else None
         repeats = [_warm_up(process, block) for process in processes]
         times, foreign = [], []
-        for _ in range(rounds):
+        while sum(share <= BUSY for share in foreign) < rounds and len(times) < PATIENCE * rounds:
             turns = [_turn(p, n) for p, n in zip(processes, repeats, strict=True)]
             times.append([seconds for seconds, _ in turns])
             foreign.append(max(share for _, share in turns))
