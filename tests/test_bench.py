@@ -84,15 +84,13 @@ def test_busy_rounds_are_set_aside_if_enough_quiet_ones_are_left():
     assert rounds == 4 and sides[1]["ratio"]["high"] == 9.0
 
 
-def test_busy_rounds_are_repeated_until_patience_ends(monkeypatch):
+@pytest.mark.parametrize(("quiet", "counted", "busy"), [({1, 3, 4}, 3, 2), (set(), 12, 12)])
+def test_busy_rounds_are_repeated_until_patience_ends(quiet, counted, busy, monkeypatch):
+    shares = iter([0.0 if at in quiet else 0.9 for at in range(99)])
     monkeypatch.setattr(race, "_warm_up", lambda process, block: 1)
-    for quiet, counted, busy in (({1, 3, 4}, 3, 2), (set(), 12, 12)):
-        at = iter(range(99))
-        share = lambda at, quiet: 0.0 if at in quiet else 0.9  # noqa: E731
-        turn = lambda process, n, at=at, quiet=quiet: (0.01, share(next(at), quiet))  # noqa: E731
-        monkeypatch.setattr(race, "_turn", turn)
-        found = race.race_all([layer()], rounds=3)
-        assert (found["rounds"], found["busy"]) == (counted, busy)
+    monkeypatch.setattr(race, "_turn", lambda process, n: (0.01, next(shares)))
+    found = race.race_all([layer()], rounds=3)
+    assert (found["rounds"], found["busy"]) == (counted, busy)
 
 
 # -------------------------------------------------------------------------------------------- races
