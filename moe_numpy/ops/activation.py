@@ -105,7 +105,7 @@ def silu_forward(x: Array) -> tuple[Array, Cache]:
     Cache      (slope,): dy/dx, worked out while x and its sigmoid are at hand
     Source     Elfwing et al. 2018; Ramachandran et al. 2017 (Swish)
     """
-    y, slope = (xp.empty(x.shape, x.dtype) for _ in range(2))
+    y, slope = (xp.empty_like(x, order="C") for _ in range(2))
     rows.in_blocks(_silu, x, y, slope)
     return y, (slope,)
 
@@ -160,7 +160,7 @@ def gelu_tanh_forward(x: Array) -> tuple[Array, Cache]:
     Cache      (slope,): dy/dx, worked out while x and h are at hand
     Source     Hendrycks and Gimpel 2016, section 2; the form that GPT-2 uses
     """
-    y, slope = (xp.empty(x.shape, x.dtype) for _ in range(2))
+    y, slope = (xp.empty_like(x, order="C") for _ in range(2))
     rows.in_blocks(_gelu_tanh, x, y, slope)
     return y, (slope,)
 
@@ -240,7 +240,7 @@ def geglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
 
 
 def _gated(activate: Callable[..., None], gate: Array, up: Array) -> tuple[Array, Cache]:
-    y, act, slope = (xp.empty(gate.shape, gate.dtype) for _ in range(3))
+    y, act, slope = (xp.empty_like(gate, order="C") for _ in range(3))
 
     def fill(gate: Array, up: Array, y: Array, act: Array, slope: Array) -> None:
         activate(gate, act, slope)
@@ -339,7 +339,7 @@ def activate(kind: str, a: Array, up: Array | None = None) -> Array:
     forward = globals()[f"{kind}_forward"]
     if forward not in _FILLS:  # no shorter way is known, or the function was swapped
         return activate_forward(kind, a, up)[0]
-    y = xp.empty(a.shape, a.dtype)
+    y = xp.empty_like(a, order="C")
     _FILLS[forward](a, y, None)
     if up is not None:
         y *= up

@@ -16,7 +16,7 @@ def softmax_forward(z: Array) -> tuple[Array, Cache]:
     Cache      (p,)
     Source     Bridle 1990; the maximum is subtracted so that exp cannot overflow
     """
-    p = xp.empty(z.shape, z.dtype)
+    p = xp.empty_like(z, order="C")
     rows.in_blocks(_softmax, z, p)
     return p, (p,)
 
