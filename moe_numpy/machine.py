@@ -45,19 +45,20 @@ def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
     Without the library threadpoolctl the matrix products cannot be held to one thread each, and
     would fight for the cores: then, as for a count of one, there are no threads but the caller's.
     """
-    try:
-        limits = importlib.import_module("threadpoolctl").threadpool_limits if count > 1 else None
-    except ImportError:
-        limits = None
-    if limits is None:
+    limit = one_product_a_thread() if count > 1 else None
+    if limit is None:
         yield None
         return
-    with (
-        limits(1, user_api="blas"),
-        concurrent.futures.ThreadPoolExecutor(count) as pool,
-        sharing(pool),
-    ):
+    with limit, concurrent.futures.ThreadPoolExecutor(count) as pool, sharing(pool):
         yield pool
+
+
+def one_product_a_thread() -> contextlib.AbstractContextManager | None:
+    """Hold every matrix product to one thread until the result is left; None where nobody can."""
+    try:
+        return importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
+    except ImportError:
+        return None
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ OPTIONS = {
     "training": {
         "steps": Option(int, 1000, "training steps"),
         "batch": Option(int, 12, "sequences in a batch"),
-        "shards": Option(int, 1, "parts of a batch, each routed by itself, shared out to threads"),
+        "shards": Option(int, 1, "parts of a batch, each routed by itself; threads share them out"),
         "rate": Option(float, 1e-3, "peak learning rate"),
         "final-rate": Option(float, 1e-4, "learning rate at the end of the cosine"),
         "warmup": Option(int, 100, "steps of linear rise"),

@@ -136,6 +136,38 @@ def test_the_peak_is_that_of_the_worker_and_not_of_its_parent():
     assert 10e6 < told["peak"] < 200e6 < fat.nbytes
 
 
+FAMILY = """
+import multiprocessing, time
+import numpy as np
+from moe_numpy.lab import bench_process, bench_work
+from moe_numpy import machine
+def build(spec):
+    machine.keep_memory()
+    def idle(pipe):
+        while True:
+            pipe.send(len(np.ones(pipe.recv()).tolist()) and sum(range(spec["loops"])))
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    multiprocessing.get_context("fork").Process(target=idle, args=(theirs,), daemon=True).start()
+    def once():
+        ours.send(spec["numbers"])
+        ours.recv()
+    return bench_process.Work(dict, lambda given: None, None, once, {})
+bench_process.serve(build)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has teams")
+def test_the_work_and_the_memory_of_a_family_are_counted_together():
+    spec = {"threads": 1, "numbers": 1, "loops": 10_000_000}
+    lean = race.Worker("lean", (sys.executable, "-c", FAMILY), spec)
+    fat = lean._replace(spec=spec | {"numbers": 2_000_000, "loops": 1})
+    peaks = [told["peak"] for told in race.tell([lean, fat])]
+    assert 16e6 < peaks[1] - peaks[0]
+    with race.started([lean]) as [process]:
+        answer = process.ask("go", 2)
+    assert 0.5 * sum(answer["seconds"]) < answer["cpu"] < 1.5 * sum(answer["seconds"])
+
+
 def test_the_work_of_others_is_seen():
     if race.machine_seconds() is None:
         pytest.skip("this system does not count its work in /proc/stat")
@@ -197,6 +229,18 @@ def test_the_step_is_the_same_while_it_is_watched():
     assert all(a.tobytes() == b.tobytes() for a, b in pairs)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has teams")
+def test_a_team_takes_the_same_steps_and_its_exchange_is_counted():
+    plan = PLAN._replace(threads=2)
+    worker = bench._our_step(plan, bench.models(quick=True)["MoE"])
+    alone = worker._replace(spec=worker.spec | {"processes": 1})
+    assert (worker.spec["processes"], plan.processes) == (2, 2)
+    assert race.race("two", worker, "one", alone, rounds=1, block=0.01)["difference"] == 0.0
+    sizes = [race.tell([side], facts=("bytes",))[0]["bytes"] for side in (worker, alone)]
+    assert sizes[0]["gradients"] == sizes[1]["gradients"] + sizes[0]["parameters"]
+    assert PLAN._replace(threads=5).processes == 1
+
+
 def test_the_bytes_are_counted_once_each():
     run = run_of("dense")
     found = bench_products.bytes_of(run)
@@ -256,7 +300,7 @@ def works(kind, parts):
     spec = {"width": 16, "tokens": 32, "parts": parts, "workers": parts, "hidden": 8, "repeats": 1}
     moe = config.to_dict(MoEConfig(num_experts=4, top_k=2, hidden=8))
     run = {name: config.to_dict(value) for name, value in run_settings(parts).items()}
-    return bench_work.build(spec | {"work": kind, "moe": moe} | run)
+    return bench_work.build(spec | {"work": kind, "moe": moe, "processes": 1} | run)
 
 
 def run_settings(parts):
@@ -345,7 +389,7 @@ def RNG():  # noqa: N802
 def test_what_a_step_takes_back_is_there_to_be_taken_back():
     assert isinstance(optimizer.BLOCK, int)
     assert isinstance(experts.FEW, int)
-    settings = {"memory", "shards", "float32", "blocks", "experts", "few"}
+    settings = {"memory", "shards", "float32", "blocks", "experts", "few", "processes"}
     assert plain.TWINS.keys() | settings == bench.STEPS.keys()
     worker = bench.ABLATION_WORKER.read_text("utf-8")
     assert all(f'"{step}"' in worker for step in bench.STEPS.keys() - plain.TWINS.keys())
@@ -379,7 +423,13 @@ def test_the_settings_of_a_step_are_taken_back(worker):
         worker.build({"without": "memory"})
         machine.keep_memory()
     assert not mallopt
-    assert worker.build({"without": "shards", "training": {"shards": 2}})["training"]["shards"] == 1
+    whole = {"training": {"shards": 2}, "processes": 2}
+    assert worker.build(whole | {"without": "processes"}) == whole | {
+        "without": "processes",
+        "processes": 1,
+    }
+    spec = worker.build(copy.deepcopy(whole) | {"without": "shards"})
+    assert spec["training"]["shards"] == spec["processes"] == 1
     worker.build({"without": "blocks"})
     assert optimizer.BLOCK > 1 << 40
     assert worker.build({"without": "experts", "workers": 2})["workers"] == 1

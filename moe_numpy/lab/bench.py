@@ -49,6 +49,11 @@ class Plan(NamedTuple):
         """Parts that our side splits a batch into: one for each thread, if they are equal parts."""
         return math.gcd(bench_work.training().batch, self.threads)
 
+    @property
+    def processes(self) -> int:
+        """Processes that share out the shards of a step: one for each, where they can be."""
+        return self.shards if sys.platform == "linux" else 1
+
 
 WIDTH = 128  # of the layers
 ROWS_TO_SPLIT = 256  # rows of an expert from which on the tokens are split over the threads
@@ -71,7 +76,8 @@ RIVALS = {
 # What made it fast, and what stands in for it where it is taken back.
 STEPS = {
     "memory": "memory kept, not given back after every step",
-    "shards": "a shard a thread, not threads in each product",
+    "shards": "a shard a core, not threads in each product",
+    "processes": "a process for each shard, not a thread",
     "float32": "float32, not float64",
     "rows": "sums of rows as products, not NumPy's reductions",
     "activations": "activations in blocks, not whole arrays",
@@ -190,6 +196,7 @@ def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
             "name": name,
             "tokens": bench_work.training().batch * cfg.context,
             "shards": plan.shards,
+            "processes": plan.processes,
             **found,
             "bytes": facts[0]["bytes"],
             "products": _products(facts[0]["products"]),
@@ -198,7 +205,8 @@ def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
 
 def _our_step(plan: Plan, cfg: ModelConfig) -> Worker:
     training = bench_work.training(shards=plan.shards)
-    return ours("step", plan, config=config.to_dict(cfg), training=config.to_dict(training))
+    described = {"config": config.to_dict(cfg), "training": config.to_dict(training)}
+    return ours("step", plan, **described, processes=plan.processes)
 
 
 def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
@@ -207,6 +215,7 @@ def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     for name, cfg in models(plan.quick).items():
         without = {"experts", "few", *(() if cfg.moe else EXPERTS_ONLY)}
         without |= {"shards"} if plan.shards == 1 else set()
+        without |= {"processes"} if plan.processes == 1 else set()
         steps = [step for step in STEPS if step not in without]
         report(f"steps of speed, {name}")
         yield {"name": name, **_taken_back(plan, _our_step(plan, cfg), steps)}

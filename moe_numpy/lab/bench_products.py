@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_numpy import tree
+from moe_numpy import machine, tree
 from moe_numpy.backend import xp
-from moe_numpy.training import data, loop
+from moe_numpy.training import data, loop, team
 from moe_numpy.transformer import model
 
 PROBE = 1024  # size of the square product that tells the machine's own rate
@@ -98,21 +98,23 @@ def flops(products: list[tuple]) -> int:
     return sum(2 * result.size * a.shape[-1] for _, a, _, result in products)
 
 
-def measure(run: loop.Run, repeats: int) -> dict[str, Any]:
+def measure(run: loop.Run, repeats: int, crew: team.Team | None = None) -> dict[str, Any]:
     """Time steps, their products alone and the machine's own products in turns.
 
-    The machine's own are large square ones, one on each thread that has products of its own.
+    The products of a shard are replayed on a thread of their own, whether threads or the processes
+    of `crew` take the steps. The machine's own are large square ones, one on each such thread.
 
     Returns     the seconds of each, the number of products, and their operations
     """
-    loop.take_step(run)
-    products = products_of_step(run)
+    loop.take_step(run, crew)
+    with machine.workers(run.training.shards):
+        products = products_of_step(run)
     threads = len({thread for thread, *_ in products})
     a, b, *outs = np.random.default_rng(0).random((2 + threads, PROBE, PROBE), np.float32)
     squares = [(i, a, b, out) for i, out in enumerate(outs)]
     whole, alone, probe = [], [], []
     for _ in range(repeats):
-        whole.append(_seconds(lambda: loop.take_step(run), 5))
+        whole.append(_seconds(lambda: loop.take_step(run, crew), 5))
         alone.append(_seconds(lambda: replay(products), 5))
         probe.append(_seconds(lambda: replay(squares), 3))
     return {
@@ -125,11 +127,11 @@ def measure(run: loop.Run, repeats: int) -> dict[str, Any]:
     }
 
 
-def bytes_of(run: loop.Run) -> dict[str, int]:
+def bytes_of(run: loop.Run, crew: team.Team | None = None) -> dict[str, int]:
     """Count the bytes of a step's arrays: parameters, gradients, optimizer, activations.
 
     The activations are what the forward of the whole batch leaves for the backward, each buffer
-    counted once; every shard has gradients of its own.
+    counted once; every shard has gradients of its own, and the processes of `crew` exchange some.
     """
     sizes = run.training.batch, run.cfg.context
     token, target = data.sample_batch(np.random.default_rng(0), run.corpus.train, *sizes)
@@ -140,7 +142,7 @@ def bytes_of(run: loop.Run) -> dict[str, int]:
     grads = model.loss_backward(np.ones((), run.params.token_VC.dtype), cache)
     return {
         "parameters": _bytes(run.params),
-        "gradients": run.training.shards * _bytes(grads),
+        "gradients": run.training.shards * _bytes(grads) + _bytes(crew and tuple(crew.grads)),
         "optimizer": _bytes(run.state),
         "activations": activations,
     }

@@ -217,7 +217,8 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
         sizes = [f"{name} {count / 2**20:.1f}" for name, count in row["bytes"].items()]
         yield "MiB: " + ", ".join(sizes)
         if row["shards"] > 1:
-            split = f"ours in {row['shards']} shards, a thread each"
+            who = "process" if row["processes"] > 1 else "thread"
+            split = f"ours in {row['shards']} shards, a {who} each"
             yield f"{split}: without capacity and balance the function of the whole batch"
         peaks = [f"{side['peak'] / 2**20:.0f}" for side in row["sides"]]
         yield "MiB at most, whole process: " + ", ".join(peaks)

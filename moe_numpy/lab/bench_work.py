@@ -1,9 +1,10 @@
 """What the benchmark runs on our side: a training step, a layer, generation, a plain product.
 
-With two threads a batch, or the tokens of a layer, are split into two shards, each on a thread with
-matrix products of its own, as `loop.train` does it; or the threads share out the experts of a layer
-that has many. Nothing here has a capacity or a balance term,
-which shards would have for themselves; so they compute the function of the whole.
+With two threads a batch is split into two shards, each in a process of its own where processes can
+share memory, as `loop.train` does it. The tokens of a layer are split for two threads with matrix
+products of their own, or the threads share out the experts of a layer that has many. Nothing here
+has a capacity or a balance term, which shards would have for themselves; so they compute the
+function of the whole.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def _settle(threads: int) -> None:
 def _step(spec: dict[str, Any]) -> Work:
     cfg = config.from_dict(spec["config"])
     run = loop.new_run(text(cfg.vocab_size), cfg, config.from_dict(spec["training"]))
-    parts = run.training.shards
-    _settle(parts)
+    parts, processes = run.training.shards, spec["processes"]
+    _settle(parts if processes == 1 else 1)
+    crew = _until_the_end.enter_context(loop.members(run, processes))
     token, target = _next_batches(run)
 
     def give() -> dict[str, np.ndarray]:
@@ -71,7 +73,7 @@ def _step(spec: dict[str, Any]) -> Work:
         _, grads = shards.gradients(token[0], target[0], run.params, cfg, shards=parts)
         first = run.step
         for _ in range(COMPARED_STEPS):
-            loop.take_step(run)
+            loop.take_step(run, crew)
         losses = run.series.cross_entropy[first : run.step]
         return {"loss": losses, **_named("grads", grads)}
 
@@ -79,10 +81,10 @@ def _step(spec: dict[str, Any]) -> Work:
         give=give,
         take=lambda given: None,
         values=values,
-        once=lambda: loop.take_step(run),
+        once=lambda: loop.take_step(run, crew),
         facts={
-            "products": lambda: bench_products.measure(run, spec["repeats"]),
-            "bytes": lambda: bench_products.bytes_of(run),
+            "products": lambda: bench_products.measure(run, spec["repeats"], crew),
+            "bytes": lambda: bench_products.bytes_of(run, crew),
         },
     )
 

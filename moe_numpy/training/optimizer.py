@@ -55,6 +55,7 @@ def update(
     step: int,
     rate: float,
     scale: float = 1.0,
+    share: slice = slice(None),
 ) -> None:
     """Take one step, in place.
 
@@ -65,6 +66,8 @@ def update(
     step : counted from 0; corrects the start of AdamW's averages.
     rate : learning rate of this step.
     scale : factor on every gradient (the clipping).
+    share : which of the jobs to do, if others do the rest; with slice(i, None, n) for each i below
+        n all is done, in parts of about equal work.
     """
     seconds = [None] if state.second is None else tree.leaves(state.second)
     leaves = zip(
@@ -81,6 +84,7 @@ def update(
         else:
             jobs.append((_sgd, (p, g, first, cfg, rate, scale, decay)))
     jobs.sort(key=lambda job: -job[1][0].size)  # parts of about equal work
+    jobs = jobs[share]
 
     def work(i: int) -> None:
         rule, arguments = jobs[i]

@@ -1,8 +1,8 @@
 """The loss and gradients of a batch, shard by shard: what one step of training computes.
 
 A shard is a run of sequences that is routed by itself, with its own places and balance, as the
-groups of GShard are. Shards need nothing of each other, so threads may share them out; they are
-added up in their own order, so the number of threads changes no bit.
+groups of GShard are. Shards need nothing of each other, so threads may share them out, or the
+processes of a `team`; they are added up in their own order, so who computed them changes no bit.
 """
 
 from __future__ import annotations
@@ -37,27 +37,32 @@ def gradients(
     report, gradients
         counts are sums over the shards, everything else is a mean.
     """
+    parts = cut(token_BT, target_BT, noise, shards)
+    weight = 1.0 / shards
+    jobs = [functools.partial(of_one, part, params, cfg, smoothing, weight) for part in parts]
+    reports, grads = zip(*machine.share_out(jobs), strict=True)
+    return merge(reports), functools.reduce(_add, grads)
+
+
+def cut(
+    token_BT: Array, target_BT: Array, noise: tuple[Array | None, ...] | None, shards: int
+) -> list[tuple]:
+    """Cut a batch into shards: a list of (tokens, targets, noise)."""
     B, T = token_BT.shape
     step = B // shards
-    jobs = []
+    parts = []
     for first in range(0, B, step):
         rows = slice(first * T, (first + step) * T)
         own = noise and tuple(None if layer is None else layer[rows] for layer in noise)
-        batch = (token_BT[first : first + step], target_BT[first : first + step])
-        jobs.append(functools.partial(_one, *batch, params, cfg, own, smoothing, 1.0 / shards))
-    reports, grads = zip(*machine.share_out(jobs), strict=True)
-    return _merge(reports), functools.reduce(_add, grads)
+        parts.append((token_BT[first : first + step], target_BT[first : first + step], own))
+    return parts
 
 
-def _one(
-    token_BT: Array,
-    target_BT: Array,
-    params: model.ModelParams,
-    cfg: ModelConfig,
-    noise: tuple[Array | None, ...] | None,
-    smoothing: float,
-    weight: float,
+def of_one(
+    part: tuple, params: model.ModelParams, cfg: ModelConfig, smoothing: float, weight: float
 ) -> tuple[model.LossReport, model.ModelParams]:
+    """Compute the report of one shard, and `weight` times the gradients of its loss."""
+    token_BT, target_BT, noise = part
     loss, report, cache = model.loss_forward(token_BT, target_BT, params, cfg, noise, smoothing)
     return report, model.loss_backward(xp.full_like(loss, weight), cache)
 
@@ -74,7 +79,8 @@ def _add(total: model.ModelParams, grads: model.ModelParams) -> model.ModelParam
     return total
 
 
-def _merge(reports: tuple[model.LossReport, ...]) -> model.LossReport:
+def merge(reports: tuple[model.LossReport, ...]) -> model.LossReport:
+    """Add up the counts of the shards' reports, and average the rest."""
     if len(reports) == 1:
         return reports[0]
     mean = 1.0 / len(reports)

@@ -32,7 +32,12 @@ def give_memory_back(spec):
 
 def one_shard(spec):
     """Leave the batch whole; the threads meet in the matrix products alone."""
-    spec["training"]["shards"] = 1
+    spec["training"]["shards"] = spec["processes"] = 1
+
+
+def threads(spec):
+    """Let the threads of one process share out the shards."""
+    spec["processes"] = 1
 
 
 def one_block(spec):
@@ -58,6 +63,7 @@ def double_precision(spec):
 SETTINGS = {
     "memory": give_memory_back,
     "shards": one_shard,
+    "processes": threads,
     "blocks": one_block,
     "float32": double_precision,
     "experts": products_of_two_threads,

@@ -1,0 +1,220 @@
+"""A team: processes that take the steps of one run together, each with a Python of its own.
+
+Threads of one Python wait for each other between the calls of NumPy, the longer the smaller their
+arrays; processes do not. What all members need lies in memory that they share: the parameters, the
+averages of the optimizer, and a tree of gradients for each shard. The rest goes through pipes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from moe_numpy import machine, tree
+from moe_numpy.backend import Array, few_launches
+from moe_numpy.config import SGD, AdamW, ModelConfig
+from moe_numpy.training import optimizer, shards
+from moe_numpy.transformer import model
+
+LINE = 64  # bytes of a cache line: where an array begins in shared memory
+PATIENCE = 10.0  # seconds that a member has for its last answer
+
+
+class Team:
+    """Processes at work between `with` and its end; the caller's own is the member of rank 0.
+
+    A member has the program as it was when the block began. What a step needs of the caller is
+    sent to it; that the bits are those of one process is up to the order of every sum.
+
+    Every array of the gradients is added up by one member, its owner. It finds what other members
+    computed in the trees of `grads`, one for each shard that is not its own, in their order; the
+    sum replaces the first of them.
+
+    params, state    the arrays that were given, now in shared memory: train these
+    grads            trees of gradients; after `gradients`, the first holds those of the step
+    """
+
+    def __init__(
+        self, params: model.ModelParams, state: optimizer.OptimizerState, parts: int, size: int
+    ) -> None:
+        """Copy the arrays to shared memory. Steps have `parts` shards, the team `size` members.
+
+        Raises     ValueError of `require_possible`
+        """
+        require_possible(parts, size)
+        self.parts, self.size = parts, size
+        self.params, self.state = _moved(params), _moved(state)
+        self.grads = [_room(params) for _ in range(parts - parts // size)]
+        sizes = [leaf.size for leaf in tree.leaves(params)]
+        self._by_size = sorted(range(len(sizes)), key=lambda at: -sizes[at])
+        self.shares = [self._by_size[rank::size] for rank in range(size)]  # of arrays to add up
+        self.own: dict[int, list[Array]] = {}  # gradients of this process's shards
+        self._lines: list[Connection] = []
+
+    def __enter__(self) -> Team:
+        fork = multiprocessing.get_context("fork")
+        with contextlib.ExitStack() as end:
+            end.enter_context(machine.one_product_a_thread() or contextlib.nullcontext())
+            for rank in range(1, self.size):
+                ours, theirs = fork.Pipe()
+                self._lines.append(ours)
+                member = fork.Process(target=_serve, args=(self, rank, theirs), daemon=True)
+                with warnings.catch_warnings():  # a fork beside threads; OpenBLAS provides for that
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    member.start()
+                theirs.close()
+                end.callback(_dismiss, member, ours)
+            self._end = end.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.close()
+
+    def gradients(
+        self,
+        token_BT: Array,
+        target_BT: Array,
+        cfg: ModelConfig,
+        noise: tuple[Array | None, ...] | None = None,
+        smoothing: float = 0.0,
+    ) -> tuple[model.LossReport, Array]:
+        """Do what `shards.gradients` and `optimizer.norm` do: return the report and the norm.
+
+        The gradients are left in `grads[0]`.
+        """
+        parts = shards.cut(token_BT, target_BT, noise, self.parts)
+        reports = self._each(_compute, parts, cfg, smoothing)
+        squares = zip(self._by_size, self._each(_add_up), strict=True)
+        return shards.merge(tuple(reports)), np.sqrt(sum(square for _, square in sorted(squares)))
+
+    def update(self, cfg: AdamW | SGD, step: int, rate: float, scale: float = 1.0) -> None:
+        """Do what `optimizer.update` does."""
+        self._each(_update, cfg, step, rate, scale)
+
+    def _each(self, do: Callable[..., list], *arguments: Any) -> list:
+        """Let every member do its share: list the results, which are dealt to them in turns.
+
+        Raises     what a member raised; ChildProcessError if one ended
+        """
+        try:
+            for line in self._lines:
+                line.send((do, arguments))
+            found = [_attempt(do, self, 0, arguments), *(line.recv() for line in self._lines)]
+        except (EOFError, OSError):
+            raise ChildProcessError(
+                "team: every process must answer, got the end of one; the system may have been "
+                "short of memory. Go on from the last checkpoint, with fewer processes."
+            ) from None
+        for problem in found:
+            if isinstance(problem, Exception):
+                raise problem
+        in_turns = itertools.zip_longest(*found)
+        return [result for turn in in_turns for result in turn][: sum(map(len, found))]
+
+
+def _compute(team: Team, rank: int, parts: list[tuple], cfg: ModelConfig, smoothing: float) -> list:
+    """Compute the shards of this member, and put down what others add up; return the reports."""
+    reports = []
+    for i in range(rank, team.parts, team.size):
+        report, grads = shards.of_one(parts[i], team.params, cfg, smoothing, 1.0 / team.parts)
+        reports.append(report)
+        team.own[i] = tree.leaves(grads)
+        for owner, share in enumerate(team.shares):
+            place = _given(team, owner).get(i)  # none for the shards of its own
+            for at in share if place else ():
+                np.copyto(place[at], team.own[i][at])
+    return reports
+
+
+def _add_up(team: Team, rank: int) -> list:
+    """Add up the arrays of this member, shard by shard; return the sums of their squares."""
+    squares, sums, of_shard = [], tree.leaves(team.grads[0]), team.own | _given(team, rank)
+    for at in team.shares[rank]:
+        first, second, *others = (of_shard[i][at] for i in range(team.parts))
+        total = np.add(first, second, out=sums[at])
+        for part in others:
+            total += part
+        squares.append(np.vdot(total, total))
+    team.own.clear()
+    return squares
+
+
+def _given(team: Team, owner: int) -> dict[int, list[Array]]:
+    """Tell where a member is given the gradients of each shard that is not its own."""
+    others = [i for i in range(team.parts) if i % team.size != owner]
+    return dict(zip(others, map(tree.leaves, team.grads), strict=False))
+
+
+def _update(team: Team, rank: int, cfg: AdamW | SGD, step: int, rate: float, scale: float) -> list:
+    share = slice(rank, None, team.size)
+    optimizer.update(team.params, team.grads[0], team.state, cfg, step, rate, scale, share)
+    return []
+
+
+def _serve(team: Team, rank: int, line: Connection) -> None:
+    """Answer rank 0 until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; rank 0 answers it
+    for other in team._lines:  # which this process inherited, and whose end it would hide
+        other.close()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            do, arguments = line.recv()
+            line.send(_attempt(do, team, rank, arguments))
+
+
+def _attempt(do: Callable[..., list], team: Team, rank: int, arguments: tuple) -> Any:
+    try:
+        return do(team, rank, *arguments)
+    except Exception as problem:
+        return problem
+
+
+def _dismiss(member: Any, line: Connection) -> None:
+    line.close()
+    member.join(PATIENCE)
+    if member.is_alive():
+        member.kill()
+        member.join()
+
+
+def _room(like: tree.Tree) -> tree.Tree:
+    """Make arrays of the form of `like`, all zero, in memory that later processes share."""
+    lengths = (-(-leaf.nbytes // LINE) * LINE for leaf in tree.leaves(like))
+    *starts, size = itertools.accumulate(lengths, initial=0)
+    memory, start = mmap.mmap(-1, max(size, 1)), iter(starts)
+    return tree.map(lambda a: np.ndarray(a.shape, a.dtype, memory, next(start)), like)
+
+
+def _moved(arrays: tree.Tree) -> tree.Tree:
+    room = _room(arrays)
+    for a, b in zip(tree.leaves(room), tree.leaves(arrays), strict=True):
+        np.copyto(a, b)
+    return room
+
+
+def require_possible(parts: int, size: int) -> None:
+    """Make sure that `size` processes can share out `parts` shards here.
+
+    Raises     ValueError if one would have no shard, or this system cannot have teams
+    """
+    if size > parts:
+        raise ValueError(
+            f"team: processes must be at most the shards of a step ({parts}), got {size}. "
+            "Change either."
+        )
+    if sys.platform != "linux" or few_launches():
+        where = "on the GPU" if few_launches() else f"on {sys.platform}"
+        raise ValueError(
+            f"team: processes must share memory of the host on Linux, got a run {where}. "
+            "Leave processes out: threads share out the shards instead."
+        )
