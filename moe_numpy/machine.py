@@ -30,12 +30,19 @@ def keep_memory() -> None:
     of its time waiting for the same pages, emptied, to come again. Other C libraries are left as
     they are.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (TypeError, OSError, AttributeError):
-        return
-    mallopt(M_MMAP_MAX, 0)  # no array gets pages of its own, which would go with it
-    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    _c_library("mallopt", M_MMAP_MAX, 0)  # no array gets pages of its own, which would go with it
+    _c_library("mallopt", M_TRIM_THRESHOLD, 1 << 30)
+
+
+def give_memory_back() -> None:
+    """Give back what is free at this moment, before processes inherit it and each keeps its own."""
+    _c_library("malloc_trim", 0)
+
+
+def _c_library(function: str, *numbers: int) -> None:
+    """Call a function that not every C library has."""
+    with contextlib.suppress(TypeError, OSError, AttributeError):
+        getattr(ctypes.CDLL(None), function)(*numbers)
 
 
 @contextlib.contextmanager

@@ -266,6 +266,33 @@ def test_memory_is_kept_on_request_and_not_on_import():
     assert after < 20 < 500 < before
 
 
+HELD = """
+import numpy as np
+from moe_numpy import machine
+def held():
+    with open("/proc/self/status") as file:
+        [size] = [line.split()[1] for line in file if line.startswith("VmRSS")]
+    return int(size) // 1024
+machine.keep_memory()
+freed = [np.ones(1_000_000) for _ in range(10)]
+last = np.ones(1_000_000)
+del freed
+before = held()
+machine.give_memory_back()
+print(before - held())
+"""
+
+
+def test_what_is_free_can_be_given_back_all_the_same():
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only the GNU C library is told to keep memory")
+    done = subprocess.run(
+        [sys.executable, "-c", HELD], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 60  # of 80 MB
+
+
 @pytest.mark.parametrize("library", [functools.partial(object), None], ids=["other", "none"])
 def test_other_c_libraries_are_left_as_they_are(library, monkeypatch):
     def load(_name):
@@ -275,6 +302,7 @@ def test_other_c_libraries_are_left_as_they_are(library, monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     machine.keep_memory()
+    machine.give_memory_back()
 
 
 def test_training_keeps_memory_and_gives_the_same_bits(monkeypatch):

@@ -63,6 +63,7 @@ class Team:
 
     def __enter__(self) -> Team:
         fork = multiprocessing.get_context("fork")
+        machine.give_memory_back()
         with contextlib.ExitStack() as end:
             end.enter_context(machine.one_product_a_thread() or contextlib.nullcontext())
             for rank in range(1, self.size):
