@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from test_commands import ROOT, complaint, elsewhere, main, run  # noqa: F401
 from test_shards import LAYERS
 from test_stopping import same_end
 
-from moe_numpy import tree
+from moe_numpy import machine, tree
 from moe_numpy.config import SGD, AdamW
 from moe_numpy.training import loop, optimizer, shards, team
 
@@ -110,6 +111,15 @@ def test_every_member_multiplies_on_one_thread():
     control = pytest.importorskip("threadpoolctl")
     with control.threadpool_limits(2, user_api="blas"), a_team() as (_, crew):
         assert set(crew._each(_threads_of_a_product)) == {1}
+
+
+def test_no_member_waits_for_threads_that_stayed_behind(monkeypatch):
+    monkeypatch.setattr(machine, "WORTH_A_THREAD", 1)
+    with ThreadPoolExecutor(2) as pool, machine.sharing(pool):
+        list(pool.map(time.sleep, [0.01] * 2))  # both threads are there
+        with a_team() as (here, crew):
+            loop.take_step(here, crew)
+        assert machine._pool.get() is pool
 
 
 def test_gradients_have_one_tree_fewer_than_shards_if_every_member_has_one():

@@ -2,7 +2,7 @@
 
 Threads of one Python wait for each other between the calls of NumPy, the longer the smaller their
 arrays; processes do not. What all members need lies in memory that they share: the parameters, the
-averages of the optimizer, and a tree of gradients for each shard. The rest goes through pipes.
+averages of the optimizer, and the gradients that they exchange. The rest goes through pipes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import mmap
-import multiprocessing
 import signal
 import sys
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +23,9 @@ from moe_numpy.backend import Array, few_launches
 from moe_numpy.config import SGD, AdamW, ModelConfig
 from moe_numpy.training import optimizer, shards
 from moe_numpy.transformer import model
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 LINE = 64  # bytes of a cache line: where an array begins in shared memory
 PATIENCE = 10.0  # seconds that a member has for its last answer
@@ -37,8 +38,8 @@ class Team:
     sent to it; that the bits are those of one process is up to the order of every sum.
 
     Every array of the gradients is added up by one member, its owner. It finds what other members
-    computed in the trees of `grads`, one for each shard that is not its own, in their order; the
-    sum replaces the first of them.
+    computed in the trees of `grads`, one for each shard that is not its own, in their order. The
+    first of them is of the first or second shard of all, so the sum can take its place.
 
     params, state    the arrays that were given, now in shared memory: train these
     grads            trees of gradients; after `gradients`, the first holds those of the step
@@ -62,10 +63,13 @@ class Team:
         self._lines: list[Connection] = []
 
     def __enter__(self) -> Team:
+        import multiprocessing  # not with the package: few need it, and it is slow to import
+
         fork = multiprocessing.get_context("fork")
         machine.give_memory_back()
         with contextlib.ExitStack() as end:
             end.enter_context(machine.one_product_a_thread() or contextlib.nullcontext())
+            end.enter_context(machine.sharing(None))  # a process does not inherit threads
             for rank in range(1, self.size):
                 ours, theirs = fork.Pipe()
                 self._lines.append(ours)
