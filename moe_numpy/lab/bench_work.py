@@ -135,7 +135,7 @@ def _forward_and_backward(
         if parts == 1:
             return found[0]
         y, dx, grads = zip(*found, strict=True)
-        return np.concatenate(y), np.concatenate(dx), functools.reduce(_add, grads)
+        return np.concatenate(y), np.concatenate(dx), functools.reduce(shards.add, grads)
 
     def values() -> dict[str, np.ndarray]:
         y, dx, grads = once()
@@ -143,10 +143,6 @@ def _forward_and_backward(
 
     given = {"x": x, "dy": dy, **_named("params", params)}
     return Work(lambda: given, lambda given: None, values, once, {})
-
-
-def _add(total: tree.Tree, grads: tree.Tree) -> tree.Tree:
-    return tree.map(lambda a, b: np.add(a, b, out=a), total, grads)
 
 
 def _rows(spec: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:

@@ -41,7 +41,7 @@ def gradients(
     weight = 1.0 / shards
     jobs = [functools.partial(of_one, part, params, cfg, smoothing, weight) for part in parts]
     reports, grads = zip(*machine.share_out(jobs), strict=True)
-    return merge(reports), functools.reduce(_add, grads)
+    return merge(reports), functools.reduce(add, grads)
 
 
 def cut(
@@ -67,15 +67,15 @@ def of_one(
     return report, model.loss_backward(xp.full_like(loss, weight), cache)
 
 
-def _add(total: model.ModelParams, grads: model.ModelParams) -> model.ModelParams:
-    """Add up in place: the gradients are fresh, and nobody else's."""
+def add(total: tree.Tree, grads: tree.Tree) -> tree.Tree:
+    """Add to `total` in place, for gradients that are fresh and nobody else's; return it."""
     pairs = list(zip(tree.leaves(total), tree.leaves(grads), strict=True))
 
-    def add(i: int) -> None:
+    def add_one(i: int) -> None:
         a, b = pairs[i]
         xp.add(a, b, out=a)
 
-    machine.for_each(add, len(pairs), sum(a.size for a, _ in pairs))
+    machine.for_each(add_one, len(pairs), sum(a.size for a, _ in pairs))
     return total
 
 
