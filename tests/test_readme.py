@@ -129,10 +129,13 @@ def test_the_speed_table_is_that_of_the_record():
     assert bench_report.summary(found) in README
     assert not found["quick"]
     memory = [v for v in found["verdicts"] if "memory" in v["wanted"]]
-    assert len(memory) == 3 and all(0.24 < float(v["measured"]) < 0.36 for v in memory)
+    assert len(memory) == 3 and all(0.25 < float(v["measured"]) < 0.4 for v in memory)
     steps = {row["name"]: row["sides"][1:] for row in found["rows"] if row["row"] == "step"}
     medians = {name: [side["ratio"]["median"] for side in sides] for name, sides in steps.items()}
-    assert max(medians.pop("dense")) < 1 <= min(min(ratios) for ratios in medians.values())
+    assert all(0.9 < ratio < 1.1 for ratio in medians.pop("dense"))
+    assert all(ratio >= 1 for ratios in medians.values() for ratio in ratios)
+    rows = [row for row in found["rows"] if row["row"] == "step"]
+    assert {row["processes"] for row in rows} == {found["threads"]} == {2}
 
 
 def test_the_steps_that_count_are_those_that_the_text_names():
@@ -140,12 +143,13 @@ def test_the_steps_that_count_are_those_that_the_text_names():
     gains: dict[str, list[float]] = {}
     for side in (side for row in rows for side in row["sides"][1:]):
         gains.setdefault(side["name"], []).append(side["ratio"]["median"])
-    best = sorted(gains, key=lambda name: -max(gains[name]))[:3]
+    best = sorted(gains, key=lambda name: -max(gains[name]))[:4]
     assert {name.split(",")[0] for name in best} == {
         "float32",
         "slices of sorted rows",
-        "a shard a thread",
+        "a shard a core",
+        "a process for each shard",
     }
     assert layer["name"].startswith("layer")
     for step in ("memory", "experts"):
-        assert bench_report.gain(layer, step)["low"] > 1.1
+        assert bench_report.gain(layer, step)["low"] > 1  # the text: nothing within its spread of 1
