@@ -103,7 +103,7 @@ def plot_memory(ax: Axes, record: dict[str, Any]) -> Axes:
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
     ax.margins(x=0.15, y=0.15)
     ax.invert_yaxis()
-    ax.set(xlabel="MiB at most, whole process", title="Memory of a training process")
+    ax.set(xlabel="MiB at most, all processes", title="Memory of training")
     ax.legend(fontsize=8)
     return ax
 

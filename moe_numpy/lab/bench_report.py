@@ -221,7 +221,7 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
             split = f"ours in {row['shards']} shards, a {who} each"
             yield f"{split}: without capacity and balance the function of the whole batch"
         peaks = [f"{side['peak'] / 2**20:.0f}" for side in row["sides"]]
-        yield "MiB at most, whole process: " + ", ".join(peaks)
+        yield "MiB at most, all processes: " + ", ".join(peaks)
 
 
 def _spread(found: dict[str, float]) -> str:
