@@ -192,8 +192,9 @@ def test_no_process_outlives_a_run_that_is_stopped_and_it_goes_on_to_the_same_bi
         start_new_session=True,
     ) as process:
         deadline = time.monotonic() + 60
-        while not Path("o", "checkpoint.npz").exists() and time.monotonic() < deadline:
+        while len(_processes(process.pid)) < 2 and time.monotonic() < deadline:
             time.sleep(0.002)
+        assert len(_processes(process.pid)) == 2
         time.sleep(0.2)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does
@@ -201,20 +202,23 @@ def test_no_process_outlives_a_run_that_is_stopped_and_it_goes_on_to_the_same_bi
             process.send_signal(number)
         process.communicate(timeout=60)
         assert process.returncode in (0, 130, -number)
-    while _alive(process.pid) and time.monotonic() < deadline:
+    while _processes(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not _alive(process.pid)
+    assert not _processes(process.pid)
     done = run("train", "--resume", "o", cwd=os.getcwd())
     assert done.returncode == 0, done.stderr
     assert same_end("o", "whole")
 
 
-def _alive(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _processes(group):
+    """List the processes of a group that are at work."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state != "Z":
+                found.append(path.parent.name)
+    return found
 
 
 # ---------------------------------------------------------------------------------------- refusals
