@@ -326,15 +326,18 @@ def test_an_expert_without_tokens_gets_zero_gradient():
         (0, 3, 3, 3, 5, 9),
         (0, 0, 0, 0, 0, 0),
         (0, 1, 1, 2, 2 + experts.FEW, 3 + 2 * experts.FEW),
+        (0, 1, 1 + experts.HANDFUL, 2 + 2 * experts.HANDFUL, 22 + 2 * experts.HANDFUL, 50),
     ],
 )
-def test_expert_linear_is_a_product_and_a_bias_for_every_row(offsets, few, monkeypatch):
+@pytest.mark.parametrize(("C", "F"), [(6, 3), (4, 8), (3, 5)])  # narrow, wide, not to be cut
+def test_expert_linear_is_a_product_and_a_bias_for_every_row(offsets, few, C, F, monkeypatch):
     monkeypatch.setattr(experts, "few_launches", lambda: few)
     rng, R = np.random.default_rng(0), offsets[-1]
     owner = [e for e in range(E) for _ in range(offsets[e], offsets[e + 1])]
-    x_RC, w_ECF, b_EF, dy_RF = (
-        rng.standard_normal(shape) for shape in ((R, C), (E, C, F), (E, F), (R, F))
+    x_RC, w_EFC, b_EF, dy_RF = (
+        rng.standard_normal(shape) for shape in ((R, C), (E, F, C), (E, F), (R, F))
     )
+    w_ECF = w_EFC.swapaxes(1, 2)  # a view: nothing may count on how the matrices lie
     y_RF, cache = experts.expert_linear_forward(x_RC, w_ECF, b_EF, offsets)
     dx_RC, dw_ECF, db_EF = experts.expert_linear_backward(dy_RF, cache)
     wanted_w, wanted_b = np.zeros((E, C, F)), np.zeros((E, F))

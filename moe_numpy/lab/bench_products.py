@@ -53,7 +53,7 @@ def noted_products() -> Iterator[list[tuple]]:
     plain = (type, np.ufunc)
     functions = {n: f for n, f in before.items() if callable(f) and not isinstance(f, plain)}
     vars(xp).update({name: _watching(function) for name, function in functions.items()})
-    xp.matmul = lambda a, b, **knobs: np.matmul(_watch(a), b, **knobs)
+    xp.matmul = xp.dot = lambda a, b, **knobs: np.matmul(_watch(a), b, **knobs)
     _noted.clear()
     try:
         yield _noted

@@ -14,7 +14,10 @@ from moe_numpy.backend import Array, Cache, few_launches, to_device, xp
 from moe_numpy.config import MoEConfig
 from moe_numpy.ops import activation
 
-FEW = 32  # rows of an expert
+# OpenBLAS multiplies small matrices as they lie. Larger ones it copies into an order of its own
+# first, which costs more than a product of few rows; parts of them are small again.
+HANDFUL, FEW = 9, 32  # rows of an expert
+CUT = 4  # parts of its matrix
 
 
 class ExpertParams(NamedTuple):
@@ -93,12 +96,18 @@ def grouped_linear_forward(
     Cache      (x_RI, w_EIO, offsets): no copies
     Source     Gale et al. 2022, MegaBlocks, section 3; differs: a loop over dense slices
     """
-    y_RO = xp.empty((x_RI.shape[0], w_EIO.shape[2]), x_RI.dtype)
+    R, (E, I, O) = x_RI.shape[0], w_EIO.shape
+    y_RO = xp.empty((R, O), x_RI.dtype)
+    B = math.gcd(CUT, O)
+    w_EBIP = w_EIO.reshape(E, I, B, O // B).swapaxes(1, 2)
+    y_BRP = y_RO.reshape(R, B, O // B).swapaxes(0, 1)
 
     def multiply(e: int) -> None:
-        rows = slice(offsets[e], offsets[e + 1])
-        if rows.start < rows.stop:
-            xp.matmul(x_RI[rows], w_EIO[e], out=y_RO[rows])
+        start, end = offsets[e], offsets[e + 1]
+        if I < O and HANDFUL < end - start <= FEW:
+            xp.matmul(x_RI[start:end], w_EBIP[e], out=y_BRP[:, start:end])
+        elif start < end:
+            xp.dot(x_RI[start:end], w_EIO[e], out=y_RO[start:end])
 
     machine.for_each(multiply, len(w_EIO), w_EIO.size)
     return y_RO, (x_RI, w_EIO, offsets)
@@ -113,18 +122,27 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
     Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O)
     """
     x_RI, w_EIO, offsets = cache
-    dx_RI, dw_EIO = xp.empty_like(x_RI), xp.empty_like(w_EIO)
+    R, (E, I, O) = x_RI.shape[0], w_EIO.shape
+    dx_RI, dw_EIO = xp.empty((R, I), x_RI.dtype), xp.empty((E, I, O), x_RI.dtype)
+    B = math.gcd(CUT, I)
+    w_EBPO, dw_EBPO = (a.reshape(E, B, I // B, O) for a in (w_EIO, dw_EIO))
+    w_EBOP, dx_BRP = w_EBPO.swapaxes(2, 3), dx_RI.reshape(R, B, I // B).swapaxes(0, 1)
 
     def undo(e: int) -> None:
-        rows = slice(offsets[e], offsets[e + 1])
-        x, dy = x_RI[rows], dy_RO[rows]
-        if len(dy) > FEW:
-            xp.matmul(dy, w_EIO[e].T, out=dx_RI[rows])
-        elif len(dy):
-            dx_RI[rows] = (w_EIO[e] @ dy.T).T  # the same, in the order that is faster for few rows
-        if len(dy) == 1:  # a product over a lone row is slow: give it a row of zeros for company
+        start, end = offsets[e], offsets[e + 1]
+        x, dy, count = x_RI[start:end], dy_RO[start:end], end - start
+        if I < O and HANDFUL < count <= FEW:
+            xp.matmul(dy, w_EBOP[e], out=dx_BRP[:, start:end])
+        elif I < O or count > FEW:
+            xp.dot(dy, w_EIO[e].T, out=dx_RI[start:end])
+        else:
+            dx_RI[start:end] = xp.dot(w_EIO[e], dy.T).T  # the order that is faster for few rows
+        if count == 1:  # a product over a lone row is slow: give it a row of zeros for company
             x, dy = (xp.concatenate((row, xp.zeros_like(row))) for row in (x, dy))
-        xp.matmul(x.T, dy, out=dw_EIO[e])
+        if 0 < count <= FEW:
+            xp.matmul(x.T.reshape(B, I // B, len(x)), dy, out=dw_EBPO[e])
+        else:
+            xp.matmul(x.T, dy, out=dw_EIO[e])
 
     machine.for_each(undo, len(w_EIO), w_EIO.size)
     return dx_RI, dw_EIO
