@@ -157,15 +157,26 @@ def test_the_plain_path_writes_the_same_tokens_for_every_system(name, knobs, mon
     assert knobs or len(set(found)) > 2, "the model is too monotonous to tell anything"
 
 
-def test_the_prompt_and_every_half_context_are_read_in_one_piece(monkeypatch):
-    cfg, pieces, steps = config(**LLAMA), [], []
+FULL, HALF = [4, 5, 6, 7, 8], [0, 1, 2, 3]  # lengths before a token is read alone
+
+
+@pytest.mark.parametrize(
+    ("short", "pieces", "alone"),
+    [
+        (2, [3, 4, 4, 4], [3, *FULL, *FULL, *FULL]),
+        (3, [4, 4, 4], [0, 1, 2, 3, *FULL, *FULL, *FULL]),
+        (4, [], [0, 1, 2, 3, *FULL, *HALF, *FULL, *HALF, *FULL, *HALF]),
+    ],
+)
+def test_what_is_not_short_is_read_in_one_piece(short, pieces, alone, monkeypatch):
+    cfg, read, steps = config(**LLAMA), [], []
     whole, step = model.model_forward, decode.next_logits
-    note = lambda *a, kv: pieces.append(a[0].shape[1]) or whole(*a, kv=kv)  # noqa: E731
+    note = lambda *a, kv: read.append(a[0].shape[1]) or whole(*a, kv=kv)  # noqa: E731
     monkeypatch.setattr(model, "model_forward", note)
     monkeypatch.setattr(decode, "next_logits", lambda *a: steps.append(a[4][0].length) or step(*a))
+    monkeypatch.setattr(decode, "SHORT", short)
     list(generation.generate([1, 2, 3], draw(cfg), cfg, 20, rng=0))
-    assert pieces == [3, 4, 4, 4]
-    assert steps == [3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8][: 20 - len(pieces)]
+    assert (read, steps) == (pieces, alone)
 
 
 # ------------------------------------------------------------------------------- planted mistakes

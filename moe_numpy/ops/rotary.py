@@ -42,6 +42,8 @@ def rotary_backward(dy: Array, cache: Cache) -> Array:
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    y = halves * cos
-    y += halves[..., ::-1, :] * sin
+    y = xp.empty_like(halves)
+    y[...] = halves[..., ::-1, :]
+    y *= sin
+    y += halves * cos
     return y.reshape(x.shape)

@@ -70,14 +70,14 @@ def in_blocks(fill: Callable[..., None], *arrays: Array) -> None:
     It reads some and writes into others. For functions that take many passes over rows, or over
     single numbers, none of which needs another row.
 
-    Shapes     arrays (..., C), each with a C of its own and the same number of rows; those that are
-               written into are contiguous
+    Shapes     arrays (..., C), each with a C of its own, the first with the largest, and the same
+               number of rows; those that are written into are contiguous
     """
-    count = math.prod(arrays[0].shape[:-1])
-    step = BLOCK // max(1, *(array.shape[-1] for array in arrays if array.ndim)) or 1
-    if count <= 2 * step or few_launches():
+    if arrays[0].size <= 2 * BLOCK or few_launches():
         fill(*arrays)
         return
+    count = math.prod(arrays[0].shape[:-1])
+    step = BLOCK // max(1, *(array.shape[-1] for array in arrays)) or 1
     tables = [array.reshape(-1, array.shape[-1]) for array in arrays]
 
     def work(i: int) -> None:

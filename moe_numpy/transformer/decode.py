@@ -23,6 +23,8 @@ from moe_numpy.moe import layer, mlp, router, routing, score, shared
 from moe_numpy.ops import activation, rotary, softmax
 from moe_numpy.transformer import attention, block, model
 
+SHORT = 6  # tokens, which are read faster one after the other than together
+
 
 class Ready(NamedTuple):
     """What is made once for all tokens.

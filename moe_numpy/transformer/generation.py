@@ -107,8 +107,9 @@ def _continue(
             if kv is not None:
                 unread = history[-max(1, cfg.context // 2) :]
             kv = tuple(attention.KeyValues(cfg, 1, dtype) for _ in params.blocks)
-        if ready is not None and len(unread) == 1:
-            logits_V = decode.next_logits(unread[0], params, ready, cfg, kv)
+        if ready is not None and len(unread) <= decode.SHORT:
+            for token in unread:
+                logits_V = decode.next_logits(token, params, ready, cfg, kv)
         else:
             logits_BTV, _, _, _ = model.model_forward(to_device([unread]), params, cfg, kv=kv)
             logits_V = logits_BTV[0, -1]
