@@ -182,8 +182,9 @@ def raw_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
     Shapes     dgate_NK (N, K) -> dprob_NE (N, E)
     """
     expert_NK, E = cache
-    dprob_NE = xp.zeros((expert_NK.shape[0], E), dgate_NK.dtype)
-    xp.put_along_axis(dprob_NE, expert_NK, dgate_NK, 1)
+    N = expert_NK.shape[0]
+    dprob_NE = xp.zeros((N, E), dgate_NK.dtype)
+    dprob_NE[xp.arange(N)[:, None], expert_NK] = dgate_NK
     return dprob_NE
 
 
