@@ -85,7 +85,7 @@ STEPS = {
     "gather": "gather on the way back, not np.add.at",
     "slices": "slices of sorted rows, not padded batches",
     "experts": "threads share experts out, not each product",
-    "few": "few rows: the faster order of a product",
+    "few": "few rows: products of parts, in the faster order",
 }
 EXPERTS_ONLY = ("gather", "slices")
 OF_A_LAYER = ("memory", "activations", *EXPERTS_ONLY, "experts", "few")  # that has many experts

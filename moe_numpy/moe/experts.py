@@ -14,8 +14,9 @@ from moe_numpy.backend import Array, Cache, few_launches, to_device, xp
 from moe_numpy.config import MoEConfig
 from moe_numpy.ops import activation
 
-# OpenBLAS multiplies small matrices as they lie. Larger ones it copies into an order of its own
-# first, which costs more than a product of few rows; parts of them are small again.
+# OpenBLAS multiplies small matrices as they lie. Larger ones it first copies into an order of its
+# own, which costs more than a product of few rows does; parts of them are small again. For a
+# handful of rows `dot` is the shorter call, during which other threads wait for Python.
 HANDFUL, FEW = 9, 32  # rows of an expert
 CUT = 4  # parts of its matrix
 
@@ -104,10 +105,13 @@ def grouped_linear_forward(
 
     def multiply(e: int) -> None:
         start, end = offsets[e], offsets[e + 1]
-        if I < O and HANDFUL < end - start <= FEW:
-            xp.matmul(x_RI[start:end], w_EBIP[e], out=y_BRP[:, start:end])
-        elif start < end:
-            xp.dot(x_RI[start:end], w_EIO[e], out=y_RO[start:end])
+        x, count = x_RI[start:end], end - start
+        if count > FEW:
+            xp.matmul(x, w_EIO[e], out=y_RO[start:end])
+        elif count > HANDFUL and I < O:
+            xp.matmul(x, w_EBIP[e], out=y_BRP[:, start:end])
+        elif count:
+            xp.dot(x, w_EIO[e], out=y_RO[start:end])
 
     machine.for_each(multiply, len(w_EIO), w_EIO.size)
     return y_RO, (x_RI, w_EIO, offsets)
@@ -131,21 +135,31 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
     def undo(e: int) -> None:
         start, end = offsets[e], offsets[e + 1]
         x, dy, count = x_RI[start:end], dy_RO[start:end], end - start
-        if I < O and HANDFUL < count <= FEW:
-            xp.matmul(dy, w_EBOP[e], out=dx_BRP[:, start:end])
-        elif I < O or count > FEW:
-            xp.dot(dy, w_EIO[e].T, out=dx_RI[start:end])
-        else:
-            dx_RI[start:end] = xp.dot(w_EIO[e], dy.T).T  # the order that is faster for few rows
-        if count == 1:  # a product over a lone row is slow: give it a row of zeros for company
-            x, dy = (xp.concatenate((row, xp.zeros_like(row))) for row in (x, dy))
-        if 0 < count <= FEW:
+        if count > FEW:
+            xp.matmul(dy, w_EIO[e].T, out=dx_RI[start:end])
+            xp.matmul(x.T, dy, out=dw_EIO[e])
+        elif count:
+            if I >= O:
+                dx_RI[start:end] = xp.dot(w_EIO[e], dy.T).T  # the faster order for few rows
+            elif count > HANDFUL:
+                xp.matmul(dy, w_EBOP[e], out=dx_BRP[:, start:end])
+            else:
+                xp.dot(dy, w_EIO[e].T, out=dx_RI[start:end])
+            if count == 1:  # a product over a lone row is slow
+                x, dy = _with_company(x), _with_company(dy)
             xp.matmul(x.T.reshape(B, I // B, len(x)), dy, out=dw_EBPO[e])
         else:
-            xp.matmul(x.T, dy, out=dw_EIO[e])
+            dw_EIO[e] = 0.0
 
     machine.for_each(undo, len(w_EIO), w_EIO.size)
     return dx_RI, dw_EIO
+
+
+def _with_company(row: Array) -> Array:
+    """Give a lone row (1, C) one of zeros for company."""
+    pair = xp.zeros((2, row.shape[1]), row.dtype)
+    pair[0] = row
+    return pair
 
 
 def padded_linear_forward(
