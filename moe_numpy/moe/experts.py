@@ -16,7 +16,8 @@ from moe_numpy.ops import activation
 
 # OpenBLAS multiplies small matrices as they lie. Larger ones it first copies into an order of its
 # own, which costs more than a product of few rows does; parts of them are small again. For a
-# handful of rows `dot` is the shorter call, during which other threads wait for Python.
+# handful of rows `dot` is the shorter call, during which other threads wait for Python. Without all
+# this (FEW = 0) the pair takes a third more time with 1,024 experts, a fifth more with 128.
 HANDFUL, FEW = 9, 32  # rows of an expert
 CUT = 4  # parts of its matrix
 
