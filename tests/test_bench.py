@@ -214,10 +214,11 @@ def test_the_operations_are_those_of_the_shapes():
     a, b = np.ones((5, 3, 4)), np.ones((4, 6))
     with bench_products.noted_products() as noted:
         xp.matmul(a, b, out=np.empty((5, 3, 6)))
+        xp.dot(a[0], b, out=np.empty((3, 6)))
         _ = xp.ones((2, 7)) @ xp.ones((7, 2))
         _ = bench_products.watch(a) @ np.ones(4)  # sums of rows are no product of matrices
     found = [bench_products.flops([product]) for product in noted]
-    assert found == [2 * 5 * 3 * 4 * 6, 2 * 2 * 7 * 2]
+    assert found == [2 * 5 * 3 * 4 * 6, 2 * 3 * 4 * 6, 2 * 2 * 7 * 2]
     assert type(xp.empty(3)) is np.ndarray and isinstance(xp.matmul, np.ufunc)
 
 
