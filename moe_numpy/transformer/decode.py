@@ -1,4 +1,4 @@
-"""One token through the model: what generation does for every token after the prompt.
+"""One token through the model: what generation does for all tokens but those of a long prompt.
 
 For a single token everything but the matrices is short, and the calls cost more than the
 arithmetic. This is `model_forward` with as few of them as it takes, in less than two thirds of its
