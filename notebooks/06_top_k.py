@@ -405,8 +405,7 @@ print(f"raw           {np.abs(to_logits(dgate_N1)).max():.1e}")
 # `MoEConfig(top_k=1)` takes it unless you ask for the other.
 #
 # What makes the trap nasty: the experts go on learning, the loss goes down, and a balance loss
-# (next chapters) can make the load look perfect. Only the gradient tells. We come back to it in
-# section 7.
+# (section 7) can make the load look perfect. Only the gradient tells.
 #
 # ## 5. The kink
 #
@@ -416,7 +415,7 @@ print(f"raw           {np.abs(to_logits(dgate_N1)).max():.1e}")
 # to above that of expert 1, which holds the second place.
 #
 # > **Predict.** Draw `y = sum over k of gate[k] * o[expert[k]]` against the moving logit: is the
-# > line smooth, has it a corner, or does it jump? Does it matter what the two rivals answer?
+# > line smooth, does it have a corner, or does it jump? Does it matter what the two rivals answer?
 
 
 # %%
@@ -453,8 +452,9 @@ axes[0, 0].legend(fontsize=8)
 figure.tight_layout()
 
 # %% [markdown]
-# Left of the dotted line expert 1 is in, right of it expert 2. With all four experts nothing is
-# chosen and nothing breaks. With two:
+# Left of the dotted line expert 1 is in, right of it expert 2; at the tie itself a filled dot is
+# the value, a hollow one the limit from the other side. With all four experts nothing is chosen
+# and nothing breaks. With two:
 #
 # - **The output jumps** (left). Both rivals have the same logit at the tie, so both have the same
 #   gate there, call it `g`; nothing else changes. The newcomer takes over the gate of the one who
@@ -587,8 +587,8 @@ figure.tight_layout()
 
 # %% [markdown]
 # Solid arrows are first choices, dashed ones second choices. A cross is a **dropped** choice: it
-# has no row, its slot is `R`, and it adds nothing to the output. (Who should be dropped is a
-# chapter of its own.)
+# has no row, its slot is `R`, and it adds nothing to the output. (Who should be dropped is
+# a question of its own; `moe_numpy/moe/capacity.py` has several answers.)
 #
 # With the maps both ways are a single indexing expression. *Dispatch* reads tokens into rows,
 # *combine* reads the experts' answers back and weighs them:
@@ -678,18 +678,20 @@ for n, k in np.argwhere(short.slot_NK == R):
 # ## 7. The audit: who is taught by which loss?
 #
 # Now we put the pieces together. A layer with learned noise on its logits (its noise weights are
-# a second matrix, next chapters) meets one batch of random tokens. Five loss terms are sent back,
-# *each alone*:
+# a second matrix, see `moe_numpy/moe/router.py`) meets one batch of random tokens. Five loss
+# terms are sent back, *each alone*:
 #
 # - **task**: the squared error of the layer's output;
 # - **Switch loss**: for each expert its share of the choices times its mean probability, added
 #   up;
 # - **importance CV²**: how unequal the sums of the experts' gates are;
 # - **load CV²**: how unequal the *chances* to be chosen are, over new draws of the noise;
-# - **z-loss**: the squared size of the logits.
+# - **z-loss**: the square of `log(sum over e of exp(logit))`, averaged over the tokens. It keeps
+#   logits small.
 #
-# The last four are *balance losses* with chapters of their own; here we need only what they look
-# at: probabilities, gates, noisy logits, logits. We ask which parameters each can move at all.
+# The middle three are *balance losses*, the last one is a restraint. Here we need only what the
+# four look at: probabilities, gates, noisy logits, logits. (`moe_numpy/moe/balance.py` has them
+# all.) We ask which parameters each can move at all.
 #
 # > **Predict.** Draw the table for renormalized top-1 gates: five rows (losses), four columns
 # > (router weights, noise weights, the experts' first and second matrix). Mark the zeros. Then do
@@ -704,7 +706,7 @@ figure.tight_layout()
 
 # %% [markdown]
 # Each number is the size (Euclidean norm) of the gradient that arrives; black is zero. A star:
-# the configuration refuses this pairing, because it could have no effect.
+# the configuration refuses this pairing, as one that has no effect or is not defined.
 #
 # - **Renormalized top-1, first row.** The task teaches the experts and *nothing* of the router.
 #   The importance is dead as well: all gates are one, whatever the router says. But the Switch
@@ -764,10 +766,10 @@ print(exercises_06.check_dispatch_backward(my_dispatch_backward))
 # occurs several times in <code>token_R</code>. Try on paper what
 # <code>a = np.zeros(2); a[[0, 0]] += 1</code> leaves in <code>a</code>, then run it.</details>
 #
-# **2. The other road** (25 minutes). Section 3 has two orders, and the package goes back along
-# the second one. Go back along the first: `prob = softmax(logit)`, then `gate = prob[chosen] /
-# sum`. You get `dgate_NK` and `expert_NK`, `(N, K)`, and `prob_NE`, `(N, E)`; return `dlogit_NE`,
-# `(N, E)`. Divide by the sum, and mind that the sum moves too.
+# **2. The other road** (25 minutes). Section 3 has two orders. The package chooses first, and
+# goes back through a softmax of the chosen. Go back along the other one: `prob = softmax(logit)`,
+# then `gate = prob[chosen] / sum`. You get `dgate_NK` and `expert_NK`, `(N, K)`, and `prob_NE`,
+# `(N, E)`; return `dlogit_NE`, `(N, E)`. Divide by the sum, and mind that the sum moves too.
 
 
 # %%
@@ -798,7 +800,8 @@ print(exercises_06.check_sigmoid_gate_backward(my_sigmoid_gate_backward))
 
 # %% [markdown]
 # <details><summary>Hint</summary>The slope of the sigmoid is <code>s (1 - s)</code>. The division
-# is the one of exercise 2, with <code>s</code> in place of <code>p</code>.</details>
+# is the one of exercise 2, with <code>s</code> in place of <code>p</code>. For the two questions: what
+# is <code>s / s</code>?</details>
 #
 # ## Where to go next
 #

@@ -140,10 +140,12 @@ for ax, (title, values_NE) in zip(axes, titles.items(), strict=True):
 # $$ u_{new} = o_{new} \cdot dy = u - \eta \, gate \, |h|^2 \, |dy|^2 \qquad
 #    \text{with the same } dy . $$
 #
-# The last term is never positive. **Serving a token makes $u$ smaller for that token and for all
-# that look like it.** That closes the loop: being chosen, the expert learns; having learned, it has
-# $u < 0$; with $u < 0$ its logit rises and all others fall; so it is chosen again. An expert that
-# was not chosen has no gradient at all and stays as it was. Here are the four lines in numbers.
+# The last term is never positive. For another token, with hidden units $h'$ and gradient $dy'$, the
+# same step changes $u'$ by $- \eta \, gate \, (h \cdot h') (dy \cdot dy')$. **Serving a token makes
+# $u$ smaller for that token and for all that are like it**: alike in $h$, and in want of a similar
+# change. That closes the loop: being chosen, the expert learns; having learned, it has $u < 0$;
+# with $u < 0$ its logit rises and all others fall; so it is chosen again. An expert that was not
+# chosen has no gradient at all. Here are the four lines in numbers.
 
 # %%
 h, W = rng.standard_normal(4), 0.1 * rng.standard_normal((4, 3))  # hidden units; (4, C) with C = 3
@@ -210,10 +212,13 @@ ax = pictures.plot_effective_of_shares(ax, 8)
 #
 # ## 3. Watch it happen
 #
-# We want a task so small that nothing can hide. The model is **one MoE layer**: $y = MoE(x)$, with
-# 8 experts, top-1, raw gates. The tokens are random vectors around one center, and the target of
-# each is a fixed smooth function of it: **one job** for all. The loss is the mean squared error;
-# answering zero costs about 1. The learning rate is low, so that we see the loop in slow motion.
+# We want a task so small that nothing can hide. The model is **one MoE layer**: $y = MoE(x)$,
+# with 8 experts, top-1, raw gates. The tokens are random vectors around one center, and the
+# target of each is a fixed smooth function of it: **one job** for all. The loss is the mean
+# squared error; answering zero costs about 1. The learning rate is low, so that we see the loop
+# in slow motion. The optimizer is AdamW without weight decay. It divides every gradient by its
+# usual size, so a gradient five times as large does not make a step five times as large; and its
+# momentum moves an expert that is no longer chosen for a few more steps.
 
 # %%
 study = rich_get_richer.Study()
@@ -241,10 +246,10 @@ hundred = rich_get_richer.Trace(*(values[:100] for values in one))
 axes = pictures.plot_rich_get_richer(axes, hundred, "One job: the rich get richer")
 
 # %% [markdown]
-# From left to right: the expert with the largest share gets the largest gradient, so its loss
-# falls, so the router sends it more. Section 1 also predicts *when* the push begins: at first $u$
-# has the sign of a coin toss, and once experts have learned, $u < 0$ for most tokens. `pull` is the
-# share of an expert's tokens with $u < 0$.
+# From left to right: the expert with the largest share gets the largest and steadiest gradient,
+# its loss falls, and the router sends it more. Section 1 also predicts *when* the push begins: at
+# first $u$ has the sign of a coin toss, and once experts have learned, $u < 0$ for most tokens.
+# `pull` is the share of an expert's tokens with $u < 0$.
 
 # %%
 pull = np.nan_to_num(one.pull)  # an expert without tokens adds nothing
@@ -286,7 +291,8 @@ print(f"effective experts over the last ten steps: {effective:.2f} of 8")
 
 # %% [markdown]
 # The loop is still there: it works *within* each cluster. Serving a token lowers $u$ for tokens
-# that look like it, and tokens of other clusters look different. So every cluster gets a winner of
+# that are like it, and those of other clusters are not: they look different and want something
+# else. So every cluster gets a winner of
 # its own; an expert starves only if it wins no cluster, for instance because another expert won
 # two.
 #
@@ -306,10 +312,14 @@ for ax, name in zip(axes, ("no cure", "Switch loss"), strict=True):
 
 # %% [markdown]
 # Each band is one expert, its width the share of the load. Above, a few bands take
-# everything within the first part of the run. Below, a *balance loss* was added (section 6).
+# everything within the first part of the run. Below, a *balance loss* was added (section 6). Read
+# the numbers above the pictures, too: by our definition fewer than 8 effective experts of 16 are a
+# collapse, and a picture with many bands can still be one.
 #
 # One seed proves little. So here is every seed of two studies: the language model, and the small
-# layer with nine settings on both tasks (its record, too, is committed).
+# layer with nine settings on both tasks. The record of the latter, too, is committed; its runs are
+# longer and learn faster than those above. Noise, capacity and Switch loss are cures, and wait for
+# section 6, as do the hollow dots: what the router chooses once noise and limits are off.
 
 # %%
 figure, ax = plt.subplots(figsize=(8.4, 3.6))
@@ -327,15 +337,16 @@ print(rich_get_richer.table(settings))
 
 # %% [markdown]
 # The columns: runs that collapsed by our definition, means over the seeds of effective experts, of
-# dead experts and of the decisiveness explained below, and the loss on new tokens with its spread
-# over the seeds.
+# dead experts and of the decisiveness explained below, and the loss on new tokens with its standard
+# deviation over the seeds.
 #
 # What the dots and the table say:
 #
 # - With raw top-1 gates, **one job** collapses to about one expert and **eight jobs** do not
 #   collapse. Whether a toy model collapses depends on the task as much as on the router.
 # - On one job, collapse costs little: compare the loss of "top-1 raw" with that of a layer that
-#   only *has* one expert. There was nothing to divide.
+#   only *has* one expert, and with those of the balanced top-1 layers. There was nothing to divide.
+#   (More experts *for each token* do help: see "top-2" and "all experts".)
 # - On eight jobs no run counts as collapsed, and yet some experts are dead, and it
 #   costs: compare with "raw + Switch", where all experts work. "Not collapsed" is not "fine".
 # - "All experts" cannot starve anybody, since every expert serves every token. It pays with the
@@ -359,7 +370,8 @@ print(rich_get_richer.compare(eight_jobs, "renorm. + Switch", "one expert"))
 # %% [markdown]
 # Such a router never hears of the task. The balance loss still reaches it, and gets its way
 # unopposed: an even load, with no reason behind any choice. With its eight experts in perfect
-# balance the layer loses, in most seeds, to a layer that has a single expert.
+# balance the layer loses to a layer that has a single expert, in as many seeds as the last line
+# says.
 #
 # So we need a second number. **Decisiveness** is the mean over tokens of the largest probability
 # in the row: $\frac1N \sum_n \max_e prob[n, e]$. It is $1/E$ if the router prefers nobody and 1 if
@@ -421,10 +433,10 @@ for ax, name in zip(axes.flat, names, strict=True):
 legend = axes[0, 0].legend(fontsize=8, frameon=False)
 
 # %% [markdown]
-# With **capacity** the filled bars are nearly level and the hollow ones are not: the queue is
-# spread, the wish is not. Take the limit away, as one does when the model is used, and the load
-# follows the hollow bars. With the **Switch loss** filled and hollow agree: the router itself
-# changed. Averages over all seeds and both layers:
+# With **capacity** the filled bars are far more level than the hollow ones: the queue is spread,
+# the wish is not. (Dotted: an even share.) Take the limit away, as one does when the model is
+# used, and the load follows the hollow bars. With the **Switch loss** filled and hollow agree:
+# the router itself changed. Averages over all seeds and both layers:
 
 # %%
 print(collapse.table(text))
@@ -496,7 +508,7 @@ print(exercises_07.check_switch_gradient(my_switch_gradient))
 #
 # You watch the first 20 steps of a run: `share_SE`, shape (20, $E$). Answer `True` if the run will
 # end collapsed. The check takes raw top-1 on both tasks, all seeds, and reads from the record how
-# each of them ended. It also tries other numbers of experts.
+# each of them ended. One wrong answer in eight will do. It also tries other numbers of experts.
 
 
 # %%
@@ -511,7 +523,8 @@ print(exercises_07.check_alarm(my_alarm, early, collapsed))
 # %% [markdown]
 # ## Where to go next
 #
-# - Chapter 08 derives the gradients of all cures and tunes their weights.
+# - In the package: `moe_numpy/moe/balance.py` has the Switch loss and its relatives, each with its
+#   gradient; `moe_numpy/moe/capacity.py` decides who gets a place.
 # - Try it: `rich_get_richer.follow(study.settings()["top-2"], "one job", seed=0)`. Does a second
 #   choice help? Find it in the table first.
 # - Shazeer et al. 2017, *Outrageously Large Neural Networks*, describes the loop in words (section

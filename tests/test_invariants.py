@@ -287,8 +287,8 @@ def test_a_constant_on_all_logits_moves_only_the_z_loss_and_only_for_softmax(sco
     assert abs(z - lifted_z) > 0.1
 
 
-# ------------------------------------------------------------------------------------- relabelling
-def relabelled(params, noise, new, cfg):
+# ------------------------------------------------------------------------------------- relabeling
+def relabeled(params, noise, new, cfg):
     """Give the experts new numbers, everywhere."""
     columns = {"w_CE": 1, "noise_CE": 1, "bias_E": 0, "offset_E": 0}
     renamed = {
@@ -304,17 +304,17 @@ def relabelled(params, noise, new, cfg):
 
 
 @pytest.mark.parametrize("start", range(0, 150, 30))
-def test_relabelling_the_experts_of_any_system_without_groups_changes_nothing(start):
+def test_relabeling_the_experts_of_any_system_without_groups_changes_nothing(start):
     new, compared = np.array([3, 0, 5, 1, 2, 4]), 0
     for cfg in RANDOM[start : start + 30]:
         if isinstance(cfg.selection, GroupLimited):
             continue
         x_NC, params, noise = draw(cfg, 5)
-        other, other_noise = relabelled(params, noise, new, cfg)
+        other, other_noise = relabeled(params, noise, new, cfg)
         y, aux, dx, grads = both_ways(cfg, x_NC, params, noise)
         y2, aux2, dx2, grads2 = both_ways(cfg, x_NC, other, other_noise)
         same((y, aux, dx, grads.shared), (y2, aux2, dx2, grads2.shared), 1e-11)
-        wanted, _ = relabelled(grads, None, new, cfg)
+        wanted, _ = relabeled(grads, None, new, cfg)
         same((wanted.router, wanted.experts), (grads2.router, grads2.experts), 1e-11)
         compared += 1
     assert compared >= 20

@@ -216,7 +216,7 @@ def both_ways(x_NC, params, cfg, noise=None, dy_NC=None, daux=1.0):
     "limit",
     [None, Capacity(factor=0.7), Capacity(factor=0.7, overflow="next_best", priority="score")],
 )
-def test_relabelling_the_experts_changes_nothing(limit):
+def test_relabeling_the_experts_changes_nothing(limit):
     cfg = config(capacity=limit, balance=all_terms(None, 2), bias_rate=0.1, bias_with_loss=True)
     x_NC, params, _ = draw(3, cfg)
     new = np.array([3, 0, 4, 1, 2])

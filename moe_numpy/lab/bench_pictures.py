@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from moe_numpy.lab.bench_report import gain, labels, machine_line
 from moe_numpy.lab.plots import BAD, COLORS, GOOD, NEUTRAL
@@ -19,9 +19,9 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
     names, found = [], []
     for row in record["rows"]:
         if row["row"] in ("step", "generation"):
-            what = row["name"] if row["row"] == "step" else "one thread"
+            what = row["name"] if row["row"] == "step" else f"generation, {row['name']}, one thread"
             for side in row["sides"][1:]:
-                names.append(textwrap.fill(f"{what}: {side['name']}", 34))
+                names.append(textwrap.fill(f"{what}: {side['name']}", 38))
                 found.append(side["ratio"])
     for y, ratio in enumerate(found):
         color = GOOD if ratio["median"] >= 1 else BAD
@@ -56,6 +56,9 @@ def plot_experts(ax: Axes, record: dict[str, Any], name: str) -> Axes:
     ax.set_title(f"Layer alone, {name}: hidden {rows[0]['hidden']}, {rows[0]['tokens']} tokens")
     ax.set_xticks(experts, [str(E) for E in experts])
     ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.legend(fontsize=7)
     ax.set(xlabel="experts", ylabel="forward and backward (ms)")
     return ax
@@ -103,7 +106,7 @@ def plot_memory(ax: Axes, record: dict[str, Any]) -> Axes:
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
     ax.margins(x=0.15, y=0.15)
     ax.invert_yaxis()
-    ax.set(xlabel="MiB at most, all processes", title="Memory of training")
+    ax.set(xlabel="peak memory, all processes (MiB)", title="Memory of training")
     ax.legend(fontsize=8)
     return ax
 
@@ -120,7 +123,7 @@ def plot_lengths(ax: Axes, record: dict[str, Any]) -> Axes:
         mean = side["milliseconds"]["median"] / rows[0]["tokens"]
         ax.axhline(mean, color=color, linestyle="--", label=f"{side['name']}, mean")
     ax.set_ylim(bottom=0)
-    ax.set(xlabel="token written", ylabel="ms a token, one thread", title="Generation with a cache")
+    ax.set(xlabel="token written", ylabel="time (ms), one thread", title="Generation with a cache")
     ax.legend(fontsize=8)
     return ax
 

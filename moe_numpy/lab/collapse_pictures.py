@@ -25,7 +25,7 @@ def plot_push(ax: Axes) -> Axes:
     )
     ax.axhline(0, color=plots.NEUTRAL, linewidth=0.8)
     ax.set(
-        xlabel="prob[n, e], the chosen expert's gate", ylabel="push on the logits,\nunits of |u|"
+        xlabel="prob[n, c], the chosen expert's gate", ylabel="push on the logits,\nunits of |u|"
     )
     ax.set_title("One token that is served well (u < 0)")
     ax.legend(fontsize=8, loc="upper right", frameon=False)
@@ -99,8 +99,9 @@ def plot_rich_get_richer(axes: np.ndarray, trace: rich_get_richer.Trace, title: 
 def plot_effective_seeds(ax: Axes, record: dict[str, Any], title: str) -> Axes:
     """Draw effective experts of every seed: filled the load in training, hollow the clean choice.
 
-    Seeds that agree lie side by side.
+    Seeds that agree lie side by side. A layer with one expert cannot collapse and is left out.
     """
+    record = record | {"conditions": _with_choice(record)}
     plots.plot_effective(ax, record)
     names = [condition["name"] for condition in record["conditions"]]
     ax.set_xticks(range(len(names)), [_wrapped(name) for name in names], fontsize=8)
@@ -133,8 +134,7 @@ def plot_plane(ax: Axes, record: dict[str, Any], title: str, legend: bool = True
     sure. A layer with one expert has no place in the plane and is left out.
     """
     E = record["num_experts"]
-    conditions = [c for c in record["conditions"] if c["config"]["num_experts"] > 1]
-    for i, condition in enumerate(conditions):
+    for i, condition in enumerate(_with_choice(record)):
         x = [v / E for run in condition["runs"] for v in run["effective_experts"]]
         y = [v for run in condition["runs"] for v in run["decisiveness_clean"]]
         ax.scatter(
@@ -256,6 +256,11 @@ def settings_figure(record: dict[str, Any]) -> Figure:
         fontsize=8,
     )
     return figure
+
+
+def _with_choice(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """List the conditions whose layers have more than one expert."""
+    return [c for c in record["conditions"] if c["config"]["num_experts"] > 1]
 
 
 def _wrapped(name: str) -> str:

@@ -83,22 +83,21 @@ def plot_final_losses(ax: Axes, record: dict[str, Any]) -> Axes:
         ax.hlines(np.mean(values), x - 0.25, x + 0.25, color=GOOD, linewidth=1.2)
     references = record["references"]
     ax.set_ylim(min(*finals, references["2-gram"]) - 0.08, max(finals) + 0.08)
-    draw_references(ax, references, len(record["conditions"]) - 0.55)
+    draw_references(ax, references)
     ax.set_ylabel("validation loss\n(nats per character)")
     ax.set_title("Loss without noise and limits: one dot for each seed, line at the mean")
     return _label_conditions(ax, record)
 
 
-def draw_references(ax: Axes, references: dict[str, float], x: float) -> None:
-    """Draw the losses of the count models that lie within the axes as dashed lines."""
+def draw_references(ax: Axes, references: dict[str, float]) -> None:
+    """Draw the losses of the count models that lie within the axes; their names stand beside."""
     low, high = ax.get_ylim()
+    beside = {"transform": ax.get_yaxis_transform(), "va": "center"}
     for name in ("uniform", *NGRAMS):
         value = references[name]
         if low < value < high:
             ax.axhline(value, color=NEUTRAL, linewidth=0.8, linestyle="--")
-            ax.text(
-                x, value, f"{name} {value:.2f}", color=NEUTRAL, fontsize=8, ha="right", va="bottom"
-            )
+            ax.text(1.01, value, f"{name} {value:.2f}", color=NEUTRAL, fontsize=8, **beside)
 
 
 def collapse_figure(record: dict[str, Any]) -> Figure:
@@ -146,7 +145,7 @@ def training_figure(record: dict[str, Any]) -> Figure:
     evaluated = [(e["step"], e["loss"]) for e in record["evaluations"]]
     ax.plot(*zip(*evaluated, strict=True), "o-", color=BAD, label="validation")
     _show_next_reference(ax, record["references"])
-    draw_references(ax, record["references"], step[-1])
+    draw_references(ax, record["references"])
     ax.set(xlabel="training step", ylabel="loss (nats per character)")
     ax.set_title(f"Training on {record['corpus']['name']}")
     ax.legend(fontsize=8)

@@ -1,6 +1,6 @@
 """Texts as arrays of character ids, and the batches that training draws from them.
 
-A corpus comes from the Python installation itself (`default_corpus`: three labelled domains, no
+A corpus comes from the Python installation itself (`default_corpus`: three labeled domains, no
 download) or from any UTF-8 file (`text_corpus`). All of this happens on the host: plain NumPy.
 """
 
