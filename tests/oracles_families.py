@@ -160,7 +160,9 @@ class Tree:
         for start in range(0, tokens, size):
             here = range(start, min(start + size, tokens))
             names = [
-                self.wished[n] if term.counted is None else rank(self.prob(n))[: term.counted]
+                self.wished[n]
+                if term.counted in (None, self.cfg.top_k)
+                else rank(self.prob(n))[: term.counted]
                 for n in here
             ]
             for e in range(self.cfg.num_experts):

@@ -13,6 +13,7 @@ import pytest
 from moe_numpy import commands, config, presets, systems, tree
 from moe_numpy import config as c
 from moe_numpy.backend import xp
+from moe_numpy.moe import layer
 from moe_numpy.presets import formulas
 from moe_numpy.training import data
 from moe_numpy.transformer import model
@@ -269,20 +270,46 @@ CHANGES = [
     *({"selection": part, "balance": (), "capacity": None} for part in (
         *(c.Sinkhorn(), c.ExpertChoice(), c.Hierarchy(groups=4), c.Hierarchy(groups=2, kept=1)),
     )),
+    {"selection": c.Hierarchy(groups=4, kept=1)},
     {"selection": c.Assignment(), "balance": (), "capacity": None, "top_k": 1},
     {"selection": c.SoftSlots(), "balance": (), "capacity": None, "top_k": 8},
     {"selection": c.SoftSlots(slots=2), "balance": (), "capacity": None, "top_k": 8},
 ]  # fmt: skip
 
 
-def test_every_knob_changes_the_formulas():
-    plain = c.MoEConfig(
-        num_experts=8, top_k=2, hidden=6, capacity=c.Capacity(), balance=(c.SwitchLoss(),)
-    )
+FLAT = c.MoEConfig(
+    num_experts=8, top_k=2, hidden=6, capacity=c.Capacity(), balance=(c.SwitchLoss(),)
+)
+TREE = dataclasses.replace(FLAT, selection=c.Hierarchy(groups=2, kept=1))
+REFUSED = {"score", "gate_weights", "router_bias", "bias_rate"}  # by a hierarchy
+
+
+@pytest.mark.parametrize("plain", [FLAT, TREE], ids=["flat", "hierarchy"])
+def test_every_knob_changes_the_formulas(plain):
+    refused = REFUSED if plain is TREE else set()
+    changes = [change for change in CHANGES if not refused & change.keys()]
     texts = {"\n".join(formulas.routing(plain))}
-    for change in CHANGES:
+    for change in changes:
         texts.add("\n".join(formulas.routing(dataclasses.replace(plain, **change))))
-    assert len(texts) == 1 + len(CHANGES)
+    assert len(texts) == 1 + len(changes)
+    for change in CHANGES:
+        if change not in changes:
+            with pytest.raises(ValueError, match="Hierarchy"):
+                dataclasses.replace(plain, **change)
+
+
+@pytest.mark.parametrize("plain", [FLAT, TREE], ids=["flat", "hierarchy"])
+def test_to_count_all_choices_is_the_default_in_words_and_in_numbers(plain):
+    plain = dataclasses.replace(plain, num_experts=12, top_k=3)
+    named = dataclasses.replace(plain, balance=(c.SwitchLoss(counted=3),))
+    assert formulas.routing(named) == formulas.routing(plain)
+    rng = np.random.default_rng(0)
+    params = tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape), layer.init_moe(rng, plain, 5, "float64")
+    )
+    x_NC = rng.standard_normal((40, 5))
+    (_, aux, *_), (_, again, *_) = (layer.moe_forward(x_NC, params, cfg) for cfg in (plain, named))
+    assert float(aux) == float(again)
 
 
 def test_the_formulas_of_a_known_layer():
@@ -300,6 +327,32 @@ def test_the_formulas_of_a_known_layer():
         "f_e = share of e in every token's choice, P_e = mean over N of score_NE",
         "at evaluation: no noise, no limits",
     ]
+
+
+def test_the_formulas_of_a_known_hierarchy():
+    terms = (c.ImportanceLoss(of="probabilities"), c.LoadLoss(), c.ZLoss())
+    preset = presets.get("shazeer2017_hierarchical").model.moe
+    moe = dataclasses.replace(preset, balance=terms, gate_scale=2.0)
+    lines = formulas.routing(moe)
+    assert lines[4:7] == [
+        "wished_NK = top_k(noisy_NG, 2) of 16 groups, top_k(noisy_NE, 2) in each",
+        "score_NE = softmax(noisy_NG)[group] * softmax(noisy_NE in the group)",
+        "gate_NK = 2 * softmax(noisy_NG[wished groups]) * softmax(noisy_NE[wished in the group])",
+    ]
+    (aux,) = (line for line in lines if line.startswith("aux"))
+    assert aux.removeprefix("aux = ").split(" + ", 2) == [
+        "0.1 * CV^2(sum over N of softmax(clean_NG)[group] * softmax(clean_NE in the group))",
+        "0.1 * CV^2((sum over N of P(group is chosen))"
+        " * mean over its tokens of P(e is chosen in it))",
+        "0.001 * (mean over N of (log sum exp clean_NG)^2"
+        " + mean over N and groups of (log sum exp clean_NE in the group)^2)",
+    ]
+
+
+def test_the_bias_rule_counts_what_was_wished():
+    moe = dataclasses.replace(FLAT, balance=(), bias_rate=0.25)
+    rule = "after a step: bias_E += 0.25 * sign(mean wished_E - wished_E)"
+    assert rule in formulas.routing(moe)
 
 
 def test_knobs_are_what_differs_and_python_reads_them_back():

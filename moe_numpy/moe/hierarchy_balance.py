@@ -105,7 +105,9 @@ def hierarchical_balance_forward(
     caches = []
     for term in cfg.balance:
         if isinstance(term, SwitchLoss):
-            counted = wished_NK if term.counted is None else router.top_k(log_NE, term.counted)
+            counted = wished_NK  # which need not be the best of all: every kept group chose
+            if term.counted not in (None, cfg.top_k):
+                counted = router.top_k(log_NE, term.counted)
             limits = (term.divide, term.group)
             value, cache = balance.switch_loss_forward(xp.exp(log_NE), counted, *limits)
         elif isinstance(term, ZLoss):

@@ -163,10 +163,16 @@ def _hierarchy(moe: MoEConfig) -> list[str]:
     primary = [line.replace("_NE", "_NG").replace("_CE", "_CG") for line in lines]
     return [
         *(line for line in primary if not line.startswith("x'")),
-        f"wished_NK = top_k(noisy_NG, {part.kept}) groups, top_k(noisy_NE, {each}) in each",
-        "score_NE = softmax(noisy_NG)[group] * softmax(noisy_NE in the group)",
-        "gate_NK = softmax(noisy_NG[wished groups]) * softmax(noisy_NE[wished in the group])",
+        f"wished_NK = top_k(noisy_NG, {part.kept}) of {part.groups} groups, "
+        f"top_k(noisy_NE, {each}) in each",
+        f"score_NE = {_product('noisy')}",
+        f"gate_NK = {_scale(moe)}softmax(noisy_NG[wished groups]) * "
+        "softmax(noisy_NE[wished in the group])",
     ]
+
+
+def _product(logits: str) -> str:
+    return f"softmax({logits}_NG)[group] * softmax({logits}_NE in the group)"
 
 
 def _gates(moe: MoEConfig) -> list[str]:
@@ -176,9 +182,11 @@ def _gates(moe: MoEConfig) -> list[str]:
         chosen = "those that have a place"
     if moe.renormalized:
         gate += f" / sum over {chosen}"
-    if moe.gate_scale != 1.0:
-        gate = f"{moe.gate_scale:g} * {gate}"
-    return [f"gate_NK = {gate}"]
+    return [f"gate_NK = {_scale(moe)}{gate}"]
+
+
+def _scale(moe: MoEConfig) -> str:
+    return "" if moe.gate_scale == 1.0 else f"{moe.gate_scale:g} * "
 
 
 def _places(moe: MoEConfig) -> list[str]:
@@ -228,20 +236,28 @@ def _soft(moe: MoEConfig) -> list[str]:
 
 def _balance(moe: MoEConfig) -> list[str]:
     terms, where = [], []
+    prob, load = "softmax(clean_NE)", "sum over N of P(e is chosen)"
+    square = "mean over N of (log sum exp clean_NE)^2"
+    if isinstance(moe.selection, Hierarchy):
+        prob = _product("clean")
+        load = "(sum over N of P(group is chosen)) * mean over its tokens of P(e is chosen in it)"
+        square = "(mean over N of (log sum exp clean_NG)^2"
+        square += " + mean over N and groups of (log sum exp clean_NE in the group)^2)"
     for term in moe.balance:
         if isinstance(term, SwitchLoss):
             terms.append(f"{term.weight:g} * E sum_e f_e P_e")
             where.append(_counts(term, moe))
         elif isinstance(term, ImportanceLoss):
-            of = "gate_NK" if term.of == "gates" else "softmax(clean_NE)"
+            of = "gate_NK" if term.of == "gates" else prob
             terms.append(f"{term.weight:g} * CV^2(sum over N of {of})")
         elif isinstance(term, LoadLoss):
-            terms.append(f"{term.weight:g} * CV^2(sum over N of P(e is chosen))")
+            terms.append(f"{term.weight:g} * CV^2({load})")
         else:
-            terms.append(f"{term.weight:g} * mean over N of (log sum exp clean_NE)^2")
+            terms.append(f"{term.weight:g} * {square}")
     lines = [f"aux = {' + '.join(terms)}", *where] if terms else []
     if moe.bias_rate:
-        lines.append(f"after a step: bias_E += {moe.bias_rate:g} * sign(mean load - load_E)")
+        rule = "sign(mean wished_E - wished_E)"
+        lines.append(f"after a step: bias_E += {moe.bias_rate:g} * {rule}")
     return lines
 
 
