@@ -800,8 +800,8 @@ print(exercises_06.check_sigmoid_gate_backward(my_sigmoid_gate_backward))
 
 # %% [markdown]
 # <details><summary>Hint</summary>The slope of the sigmoid is <code>s (1 - s)</code>. The division
-# is the one of exercise 2, with <code>s</code> in place of <code>p</code>. For the two questions: what
-# is <code>s / s</code>?</details>
+# is the one of exercise 2, with <code>s</code> in place of <code>p</code>. For the two questions:
+# what is <code>s / s</code>?</details>
 #
 # ## Where to go next
 #
