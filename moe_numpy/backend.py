@@ -24,7 +24,7 @@ NAMES = ("numpy", GPU)
 
 
 class BackendError(ValueError):
-    """The array library that was asked for is not to be had on this machine."""
+    """The array library that was asked for is not available on this machine."""
 
 
 xp = types.ModuleType("xp", "The array library in use; see use_backend.")

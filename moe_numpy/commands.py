@@ -6,6 +6,7 @@ Whatever is slow to import (matplotlib, the studies) is imported by the command 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -35,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:
         print(f"moe_numpy {options.command}: error: {error}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        advice = "Take smaller sizes."
+        print(f"moe_numpy {options.command}: out of memory: {error}. {advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"moe_numpy {options.command}: stopped.", file=sys.stderr)
@@ -94,7 +99,7 @@ def train(options: argparse.Namespace) -> int:
     from moe_numpy.lab import plots, records
     from moe_numpy.training import loop, team
 
-    given = settings.given(options)
+    given, folder = settings.given(options), None
     if options.resume is not None:
         if options.out is not None:
             raise ValueError(
@@ -104,21 +109,23 @@ def train(options: argparse.Namespace) -> int:
         folder = Path(options.resume)
         run = settings.resume(folder / "checkpoint.npz", given)
     else:
-        folder = Path(options.out) if options.out else _next_folder(Path("runs"))
-        if (folder / "checkpoint.npz").exists():
-            raise ValueError(
-                f"--out must be a folder without a run, got {folder}, which holds one. "
-                f"Go on with it by --resume {folder}, or choose another folder."
-            )
+        if options.out is not None:
+            folder = Path(options.out)
+            if (folder / "checkpoint.npz").exists():
+                raise ValueError(
+                    f"--out must be a folder without a run, got {folder}, which holds one. "
+                    f"Go on with it by --resume {folder}, or choose another folder."
+                )
         run = settings.start(given)
     if options.processes > 1:
         team.require_possible(run.training.shards, options.processes)
-    files.require_folder(folder)
+    files.require_folder(folder or "runs")
     for name in ("save_every", "evaluate_every"):  # a run that goes on keeps its pace
         run.settings[name] = getattr(options, name) or run.settings.get(name)
     references = _references(run.corpus)
     _say(options, settings.describe(run))
     _say(options, "Reference losses: " + _reference_line(references))
+    folder = folder or _new_folder(Path("runs"))
     started = time.perf_counter()
     try:
         loop.train(
@@ -131,7 +138,7 @@ def train(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(
             f"Stopped after step {run.step} of {run.training.steps}. "
-            f"Go on with: python -m moe_numpy train --resume {folder}",
+            f"Go on from its last checkpoint: python -m moe_numpy train --resume {folder}",
             file=sys.stderr,
         )
         return 130
@@ -466,10 +473,14 @@ def _say(options: argparse.Namespace, text: str) -> None:
         print(text, flush=True)
 
 
-def _next_folder(parent: Path) -> Path:
-    """Name the first folder runs/1, runs/2, ... after all that are there."""
-    taken = [int(p.name) for p in parent.glob("*") if re.fullmatch(r"\d+", p.name)]
-    return parent / str(max(taken, default=0) + 1)
+def _new_folder(parent: Path) -> Path:
+    """Make the first folder 1, 2, ... after all that are there, though others do so too."""
+    while True:
+        taken = [int(p.name) for p in parent.glob("*") if re.fullmatch(r"\d+", p.name)]
+        folder = parent / str(max(taken, default=0) + 1)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def _newest_run(parent: Path) -> Path:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of malloc.h
-PARTS = 4  # of equal work that threads take one after the other
+PARTS = 4  # jobs that a loop is cut into; a thread that is done takes the next
 WORTH_A_THREAD = 32_768  # numbers
 
 _pool: contextvars.ContextVar[concurrent.futures.Executor | None]
@@ -49,15 +49,20 @@ def _c_library(function: str, *numbers: int) -> None:
 def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
     """Let `share_out` use `count` threads within the block, each of which multiplies alone.
 
-    Without the library threadpoolctl the matrix products cannot be held to one thread each, and
-    would fight for the cores: then, as for a count of one, there are no threads but the caller's.
+    So does the caller, if the count is one: a product that several threads share is rounded in
+    another way. Without the library threadpoolctl the products cannot be held to one thread each,
+    and would fight for the cores: then, as for a count of zero, everything stays as it is.
     """
-    limit = one_product_a_thread() if count > 1 else None
+    limit = one_product_a_thread() if count else None
     if limit is None:
         yield None
         return
-    with limit, concurrent.futures.ThreadPoolExecutor(count) as pool, sharing(pool):
-        yield pool
+    with limit:
+        if count == 1:
+            yield None
+            return
+        with concurrent.futures.ThreadPoolExecutor(count) as pool, sharing(pool):
+            yield pool
 
 
 def one_product_a_thread() -> contextlib.AbstractContextManager | None:

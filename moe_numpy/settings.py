@@ -164,7 +164,8 @@ def resume(path: Path, flags: dict[str, Any]) -> loop.Run:
     """
     from moe_numpy.training import checkpoint, loop
 
-    stored = checkpoint.load_checkpoint(path)[1].get("settings", {})
+    with checkpoint.whole("resume", path):
+        stored = dict(checkpoint.load_checkpoint(path)[1]["settings"])
     for name, value in flags.items():
         if name != "text" and stored.get(name) != value:
             raise ValueError(
@@ -206,6 +207,7 @@ def _start_preset(flags: dict[str, Any], chosen: dict[str, Any]) -> loop.Run:
                 f"--{name.replace('_', '-')} must not come with --preset, got {flags[name]}: the "
                 "preset says what the model is. Leave out one of them."
             )
+    _refuse_idle_optimizer(flags, chosen)
     corpus = _corpus(chosen["text"])
     cfg = presets.tiny(chosen["preset"], corpus.vocab_size)
     chosen = DEFAULTS | {"steps": PRESET_STEPS} | flags
@@ -227,10 +229,10 @@ def _corpus(text: str | None) -> data.Corpus:
 
 def _model(chosen: dict[str, Any], vocab_size: int) -> ModelConfig:
     moe = _moe(chosen) if chosen["experts"] else None
-    hidden = None if moe else chosen["hidden"] or 4 * chosen["width"]
+    hidden = 4 * chosen["width"] if chosen["hidden"] is None else chosen["hidden"]
     return ModelConfig(
         vocab_size=vocab_size,
-        hidden=hidden,
+        hidden=None if moe else hidden,
         moe=moe,
         tied=chosen["head"] == "tied",
         **{name: chosen[name] for name in ("layers", "width", "heads", "kv_heads", "context")},
@@ -241,12 +243,13 @@ def _model(chosen: dict[str, Any], vocab_size: int) -> ModelConfig:
 
 
 def _moe(chosen: dict[str, Any]) -> MoEConfig:
-    top_k = chosen["top_k"]
+    top_k, hidden = chosen["top_k"], chosen["hidden"]
+    if hidden is None:  # as much active width as the dense twin has
+        hidden = max(1, 4 * chosen["width"] // max(1, top_k))
     return MoEConfig(
         num_experts=chosen["experts"],
         top_k=top_k,
-        # As much active width as the dense twin has.
-        hidden=chosen["hidden"] or max(1, 4 * chosen["width"] // max(1, top_k)),
+        hidden=hidden,
         activation=chosen["activation"],
         gate_weights=chosen["gate_weights"],
         noise=_noise(chosen["noise"], chosen["noise_scale"]),
@@ -317,9 +320,19 @@ def _refuse_idle(flags: dict[str, Any], chosen: dict[str, Any]) -> None:
             raise ValueError(
                 f"{flag} must come with --{needed}, got it alone. Add --{needed} or leave it out."
             )
+    if "priority" in flags and chosen["overflow"] == "none":
+        raise ValueError(
+            "--priority must come with a limit, got --overflow none, which turns nobody away. "
+            "Leave one of them out."
+        )
+    _refuse_idle_optimizer(flags, chosen)
+
+
+def _refuse_idle_optimizer(flags: dict[str, Any], chosen: dict[str, Any]) -> None:
+    for name in flags:
         other = {"beta1": "adamw", "beta2": "adamw", "momentum": "sgd"}.get(name)
         if other and chosen["optimizer"] != other:
             raise ValueError(
-                f"{flag} must come with --optimizer {other}, got {chosen['optimizer']}. "
+                f"--{name} must come with --optimizer {other}, got {chosen['optimizer']}. "
                 "Leave it out."
             )

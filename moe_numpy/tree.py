@@ -56,12 +56,17 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 def from_leaves(tree: Tree, replacements: list[Any]) -> Tree:
-    """Build a tree of the form of `tree` from arrays in the order of `leaves`."""
-    remaining = iter(replacements)
-    built = map(lambda _: next(remaining), tree)
-    if next(remaining, None) is not None:
-        raise ValueError("tree.from_leaves: more replacements than leaves. Pass one for each leaf.")
-    return built
+    """Build a tree of the form of `tree` from arrays in the order of `leaves`.
+
+    Raises     ValueError if there are more or fewer
+    """
+    wanted, remaining = len(leaves(tree)), iter(replacements)
+    if len(replacements) != wanted:
+        raise ValueError(
+            f"tree.from_leaves: {wanted} leaves need as many replacements, got "
+            f"{len(replacements)}. Pass one for each leaf."
+        )
+    return map(lambda _: next(remaining), tree)
 
 
 def size(tree: Tree) -> int:

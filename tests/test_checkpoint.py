@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import pickle
 import zipfile
 
@@ -285,7 +286,77 @@ def test_another_text_is_refused(tmp_path):
         loop.load_run(path, tiny.corpus(seed=1))
 
 
+def changed(path, **entries):
+    """Write the checkpoint anew with other entries; a value of ... takes one away."""
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    meta = json.loads(arrays["meta"].tobytes())
+    for name, value in entries.items():
+        place, name = (arrays, name.replace("__", ".")) if "__" in name else (meta, name)
+        place.pop(name)
+        if value is not ...:
+            place[name] = value
+    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        *({name: ...} for name in ("corpus", "config", "training", "dtype", "step", "settings")),
+        *({name: ...} for name in ("evaluations", "data_rng", "noise_rng", "series__norm")),
+        *({name: None} for name in ("corpus", "config", "training", "dtype", "step", "data_rng")),
+        *({name: []} for name in ("config", "training", "data_rng")),
+        *({"step": step} for step in ("1", -1, 10, 0.5)),
+        {"series__rate": np.zeros(3)},
+        {"dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_a_run_that_lacks_something_or_holds_something_else_is_refused(entries, tmp_path):
+    path = tmp_path / "run.npz"
+    loop.save_run(path, tiny.run())
+    changed(path, **entries)
+    with pytest.raises(ValueError, match=r"^(load_run|restore|from_dict|init_model|new_run): "):
+        loop.load_run(path, tiny.corpus())
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        *({name: ...} for name in ("config", "dtype", "alphabet")),
+        *({name: None} for name in ("config", "dtype", "alphabet")),
+        {"config": [1]},
+        {"alphabet": "ab"},
+    ],
+    ids=str,
+)
+def test_a_model_that_lacks_something_is_refused(entries, tmp_path):
+    path = tmp_path / "run.npz"
+    loop.save_run(path, tiny.run())
+    changed(path, **entries)
+    with pytest.raises(ValueError, match=r"^(load_model|init_model): "):
+        loop.load_model(path)
+
+
 # ------------------------------------------------------------------------------------ JSON, folders
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="permissions of another kind")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_has_the_permissions_that_the_user_gives_to_files(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        files.write_json(tmp_path / "record.json", [1])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "record.json").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_tree_is_rebuilt_from_as_many_leaves_as_it_has():
+    for count in (2, 4):
+        with pytest.raises(ValueError, match=f"3 leaves need as many replacements, got {count}"):
+            tree.from_leaves((1.0, (2.0, None), 3.0), [0.0] * count)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_record_with_a_number_that_is_not_finite_is_not_written(bad, tmp_path):
     path = tmp_path / "record.json"

@@ -85,6 +85,7 @@ BAD = [
     (lm, {"positions": "sinus"}, "positions must be one of"),
     (lm, {"positions": "rotary"}, "even head width"),  # 12 / 4 = 3
     (lm, {"moe_layers": (0,)}, "moe_layers needs moe"),
+    (lm, {"moe": moe(), "moe_layers": [0]}, "moe_layers must be tuple or None"),
     (lm, {"moe": moe(), "moe_layers": (3,)}, "from 0 to 2"),
     (lm, {"moe": moe(), "moe_layers": (-1,)}, "from 0 to 2"),
     (lm, {"moe": moe(), "moe_layers": (1, 1)}, "from 0 to 2"),
@@ -95,6 +96,8 @@ BAD = [
     (c.AdamW, {"beta1": 1.0}, "0 <= beta1 < 1"),
     (c.AdamW, {"beta2": -0.1}, "0 <= beta2 < 1"),
     (c.AdamW, {"eps": 0.0}, "eps must be positive"),
+    (c.AdamW, {"eps": math.inf}, "eps must be positive and finite"),
+    (c.AdamW, {"beta1": "0.9"}, "0 <= beta1 < 1"),
     (c.AdamW, {"weight_decay": -1.0}, "weight_decay must not be negative"),
     (c.SGD, {"momentum": 1.0}, "0 <= momentum < 1"),
     (c.SGD, {"weight_decay": -1.0}, "weight_decay must not be negative"),

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import oracles
 import pytest
+import tiny
 
 from moe_numpy import tree
 from moe_numpy.config import (
@@ -558,3 +559,33 @@ def test_limits_change_the_balance_terms_only_through_the_gates_in_use():
     free, limited = (dataclasses.replace(each, **only) for each in (free, limited))
     aux = [layer.moe_forward(x_NC, params, each, noise)[1] for each in (free, limited)]
     assert abs(aux[0] - aux[1]) > 1e-4
+
+
+# ---------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("cfg", "tokens", "noise", "words"),
+    [
+        (
+            {"num_experts": 5},
+            (6, 3, "float64"),
+            None,
+            r"of 5 experts of hidden width 8, .*got 4 of 8",
+        ),
+        ({"hidden": 9}, (6, 3, "float64"), None, r"of 4 experts of hidden width 9, .*got 4 of 8"),
+        (
+            {},
+            (6, 3, "float32"),
+            None,
+            r"\(tokens, 3\) and the type float64, .*\(6, 3\) and float32",
+        ),
+        ({}, (6, 4, "float64"), None, r"\(tokens, 3\) .*got \(6, 4\)"),
+        ({"noise": GaussianNoise()}, (6, 3, "float64"), (1, 4), r"shape \(6, 4\), got \(1, 4\)"),
+        ({"noise": InputJitter()}, (6, 3, "float64"), (6, 4), r"shape \(6, 3\), got \(6, 4\)"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(cfg, tokens, noise, words):
+    params = layer.init_moe(np.random.default_rng(0), tiny.moe(), 3, "float64")
+    N, C, dtype = tokens
+    noise = None if noise is None else np.zeros(noise)
+    with pytest.raises(ValueError, match=words):
+        layer.moe_forward(np.zeros((N, C), dtype), params, tiny.moe(**cfg), noise)

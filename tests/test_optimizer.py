@@ -224,10 +224,11 @@ def test_the_gradient_norm_is_that_of_all_numbers_together():
     assert optimizer.norm((np.array([[3.0], [0.0]]), None, np.array([4.0]))) == 5.0
 
 
-def moved(clip):
+def moved(clip, **flavors):
     """Take one step of plain descent; return how far all parameters moved, over the rate."""
     plain = {"optimizer": SGD(momentum=0.0), "warmup": 0, "rate": 0.25, "steps": 1}
-    run = tiny.run(tiny.moe(), "float64", clip=clip, **plain)
+    cfg, training = tiny.model(tiny.moe(), **flavors), tiny.training(clip=clip, **plain)
+    run = loop.new_run(tiny.corpus(), cfg, training, "float64")
     before = tree.map(np.copy, run.params)
     loop.train(run, show_progress=False)
     steps = tree.map(lambda a, b: (a - b) / 0.25, before, run.params)
@@ -245,6 +246,14 @@ def test_clipping_limits_the_norm_of_all_gradients_together_and_keeps_their_dire
     assert length == pytest.approx(norm / 3, rel=1e-9)
     for a, b in zip(tree.leaves(clipped), tree.leaves(free), strict=True):
         np.testing.assert_allclose(a, b / 3, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("logit_scale", [0.1, 10.0])
+def test_small_gradients_are_clipped_like_large_ones(logit_scale):
+    _, _, norm = moved(None, logit_scale=logit_scale)
+    assert (norm < 0.5) == (logit_scale < 1)
+    _, length, _ = moved(norm / 3, logit_scale=logit_scale)
+    assert length == pytest.approx(norm / 3, rel=1e-9)
 
 
 def test_the_rate_rises_linearly_then_falls_along_a_cosine_to_its_end():

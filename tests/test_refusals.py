@@ -1,5 +1,6 @@
 """Bad input: one line that says who complains, what came and what to do; and nothing is lost."""
 
+import concurrent.futures
 import os
 import re
 import subprocess
@@ -37,10 +38,16 @@ TABLE = [
     ([*TRAIN, "--top-k", "5"], r"top_k .*<= num_experts \(4\), got 5\. Lower"),
     ([*TRAIN, "--top-k", "0"], r"top_k must be .*at least 1, got 0"),
     ([*TRAIN, "--experts", "-1"], r"num_experts must be .*at least 1, got -1"),
+    ([*TRAIN, "--hidden", "0"], r"hidden must be .*at least 1, got 0"),
+    ([*TRAIN, "--experts", "0", "--hidden", "0"], r"hidden must be .*at least 1, got 0"),
     ([*TRAIN, "--hidden", "-3"], r"hidden must be .*at least 1, got -3"),
     ([*TRAIN, "--capacity", "0"], r"factor must be positive.*got 0\.0\. Use"),
     ([*TRAIN, "--capacity", "nan"], r"factor must be positive.*got nan"),
     ([*TRAIN, "--capacity", "inf"], r"factor must be positive and finite, got inf"),
+    (
+        [*TRAIN, "--capacity", "1", "--overflow", "none", "--priority", "score"],
+        r"--priority must come with a limit, got --overflow none",
+    ),
     ([*TRAIN, "--priority", "score"], r"--priority must come with --capacity.*Add --capacity"),
     ([*TRAIN, "--overflow", "drop"], r"--overflow must come with --capacity"),
     ([*TRAIN, "--noise-scale", "1"], r"--noise-scale must come with --noise"),
@@ -49,7 +56,10 @@ TABLE = [
     ([*TRAIN, "--noise", "gaussian", "--noise-scale", "inf"], r"std must be .*got inf"),
     ([*TRAIN, "--balance", "swich"], r"--balance must name terms of switch,.*got 'swich'.*example"),
     ([*TRAIN, "--balance", "switch=x"], r"--balance must .*got 'switch=x'.*example"),
-    ([*TRAIN, "--balance", "switch=-1"], r"weight must be positive, got -1\.0"),
+    ([*TRAIN, "--balance", "switch=-1"], r"weight must be positive and finite, got -1\.0"),
+    ([*TRAIN, "--balance", "switch=inf"], r"weight must be positive and finite, got inf"),
+    ([*TRAIN, "--noise", "learned", "--noise-scale", "inf"], r"floor must be .*got inf"),
+    ([*TRAIN, "--clip", "inf"], r"clip must be positive and finite, got inf"),
     ([*TRAIN, "--balance", "switch,switch=1"], r"each .*balance term may come once"),
     ([*TRAIN, "--balance", "load"], r"LoadLoss needs normal noise.*Add LearnedNoise"),
     ([*TRAIN, "--bias-rate", "-1"], r"bias_rate must not be negative.*got -1\.0"),
@@ -62,17 +72,21 @@ TABLE = [
     ([*TRAIN, "--context", "0"], r"context must be .*at least 1, got 0"),
     ([*TRAIN, "--steps", "0"], r"steps must be .*at least 1, got 0"),
     ([*TRAIN, "--batch", "-2"], r"batch must be .*at least 1, got -2"),
-    ([*TRAIN, "--rate", "0"], r"rate must be positive, got 0\.0"),
-    ([*TRAIN, "--rate", "nan"], r"rate must be positive, got nan"),
+    ([*TRAIN, "--rate", "0"], r"rate must be positive and finite, got 0\.0"),
+    ([*TRAIN, "--rate", "nan"], r"rate must be positive and finite, got nan"),
     ([*TRAIN, "--final-rate", "inf"], r"final_rate must .*got inf"),
     ([*TRAIN, "--warmup", "-1"], r"warmup must .*got -1"),
     ([*TRAIN, "--seed", "-1"], r"seed must .*got -1"),
-    ([*TRAIN, "--clip", "-1"], r"clip must be positive, got -1\.0"),
+    ([*TRAIN, "--clip", "-1"], r"clip must be positive and finite, got -1\.0"),
     ([*TRAIN, "--smoothing", "1"], r"smoothing < 1, got 1\.0"),
     ([*TRAIN, "--weight-decay", "-1"], r"weight_decay must not be negative"),
     ([*TRAIN, "--beta2", "1"], r"beta2 < 1, got 1\.0"),
     ([*TRAIN, "--momentum", "0.5"], r"--momentum must come with --optimizer sgd, got adamw"),
     ([*TRAIN, "--optimizer", "sgd", "--beta1", "0.5"], r"--beta1 must come with .*adamw, got sgd"),
+    (
+        ["train", "--preset", "switch", "--momentum", "0.5"],
+        r"--momentum must come with .*got adamw",
+    ),
     ([*TRAIN, "--text", "empty"], r"must hold text, got the empty 'empty'"),
     ([*TRAIN, "--text", "short"], r"must hold at least context \+ 1 \(17\) characters, got 8\."),
     ([*TRAIN, "--text", "latin"], r"must be UTF-8, got byte 0xe9 at offset 3 of 'latin'\. Save"),
@@ -111,6 +125,7 @@ TABLE = [
     (["check", "relu", "--seed", "-1"], r"seed must not be negative.*got -1\."),
     (["figures", "none"], r"none must hold records.*python -m moe_numpy collapse"),
     (["figures", "text"], r"text must hold records"),
+    (["notebooks", "--folder", "none"], r"none must hold sources \(06_top_k\.py\), got none"),
     (["collapse", "--experts", "4", "--top-k", "5"], r"num_experts \(4\), got 5"),
     (["collapse", "--experts", "0"], r"num_experts must be .*got 0"),
     (["collapse", "--out", "text", "--steps", "1", "--seeds", "1"], r"text must be writable"),
@@ -163,6 +178,32 @@ def test_a_loss_that_is_not_a_number_is_told_in_one_line_and_the_run_can_be_read
     params, _, _ = loop.load_model("o/checkpoint.npz")
     assert np.isfinite(params.token_VC).all()
     assert os.listdir("o") == ["checkpoint.npz"]
+
+
+def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys):
+    def greedy(*_):
+        raise MemoryError("Unable to allocate 9.00 TiB")
+
+    monkeypatch.setattr(loop, "new_run", greedy)
+    told = complaint(main(capsys, *TRAIN, status=1).err)
+    assert (
+        told == "moe_numpy train: out of memory: Unable to allocate 9.00 TiB. Take smaller sizes."
+    )
+
+
+def test_a_capacity_without_end_is_that_of_all_choices(capsys):
+    flags = ["--steps", "1", "--capacity"]
+    main(capsys, *TRAIN[:-1], "huge", *flags, "1e300")
+    main(capsys, *TRAIN[:-1], "large", *flags, "100")
+    huge, large = (loop.load_model(f"{name}/checkpoint.npz")[0] for name in ("huge", "large"))
+    assert tiny.same_bits(huge, large)
+
+
+def test_runs_that_begin_together_each_have_a_folder():
+    Path("runs", "3").mkdir(parents=True)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: commands._new_folder(Path("runs")), range(24)))
+    assert sorted(found) == sorted(Path("runs", str(i)) for i in range(4, 28))
 
 
 def test_a_reader_that_stops_listening_gets_no_traceback():

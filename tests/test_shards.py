@@ -187,12 +187,12 @@ def test_little_work_stays_with_the_caller(two_threads):
 @pytest.mark.parametrize(
     ("layer", "parts", "threads"),
     [
-        (None, 1, 1),
+        (None, 1, 0),
         (None, 4, 4),
         (tiny.moe(num_experts=64, hidden=4096), 1, 8),
         (tiny.moe(num_experts=64, hidden=4096), 2, 2),
-        (tiny.moe(num_experts=8, hidden=4096), 1, 1),
-        (tiny.moe(num_experts=64), 1, 1),
+        (tiny.moe(num_experts=8, hidden=4096), 1, 0),
+        (tiny.moe(num_experts=64), 1, 0),
     ],
 )
 def test_threads_are_for_shards_or_for_many_large_experts(layer, parts, threads):
@@ -211,7 +211,26 @@ def test_every_thread_multiplies_alone_and_afterwards_all_is_as_before():
         before = threads()
         with machine.workers(2) as pool:
             assert set(pool.submit(threads).result()) == {1}
+        with machine.workers(1):
+            assert set(threads()) == {1}
+        with machine.workers(0):
+            assert threads() == before
         assert threads() == before
+
+
+def test_how_many_threads_there_are_changes_no_bit_whatever_the_products_had():
+    control = pytest.importorskip("threadpoolctl")
+    found = []
+    for threads in (1, 2):
+        run = loop.new_run(
+            tiny.corpus(),
+            tiny.model(tiny.moe(hidden=256), width=128),
+            tiny.training(steps=2, batch=24, shards=2),
+        )
+        with control.threadpool_limits(2, user_api="blas"):
+            loop.train(run, show_progress=False, threads=threads)
+        found.append(run)
+    assert tiny.same_run(*found)
 
 
 def test_without_the_library_or_with_one_thread_there_is_no_pool(monkeypatch):

@@ -101,7 +101,8 @@ def test_an_interrupted_training_says_how_to_go_on_and_does(uninterrupted):
     assert status == 130
     step = steps_saved()
     assert complaint(err) == (
-        f"Stopped after step {step} of {STEPS}. Go on with: python -m moe_numpy train --resume o"
+        f"Stopped after step {step} of {STEPS}. "
+        "Go on from its last checkpoint: python -m moe_numpy train --resume o"
     )
     assert sorted(os.listdir("o")) == ["checkpoint.npz"]
     assert run("train", "--resume", "o", cwd=os.getcwd()).returncode == 0

@@ -229,6 +229,12 @@ def test_more_processes_than_shards_are_refused_and_no_folder_is_made(capsys):
     assert not Path("o").exists()
 
 
+@pytest.mark.parametrize("size", [0, -2])
+def test_a_team_of_nobody_is_refused(size):
+    with pytest.raises(ValueError, match=f"processes must be a whole number .*least 1, got {size}"):
+        loop.train(tiny.run(shards=2), show_progress=False, processes=size)
+
+
 def test_other_systems_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ValueError, match=r"on Linux, got a run on darwin\. Leave processes out"):

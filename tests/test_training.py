@@ -258,6 +258,24 @@ def test_weights_that_blow_up_are_told_of_and_spare_the_checkpoint(
     assert all(np.isfinite(leaf).all() for leaf in tree.leaves(resumed.params))
 
 
+@pytest.mark.parametrize("knob", ["save_every", "evaluate_every", "threads"])
+def test_training_refuses_numbers_that_are_not_positive(knob, tmp_path):
+    run = tiny.run()
+    with pytest.raises(ValueError, match=f"train: {knob} must be .*at least 1, got 0"):
+        loop.train(run, tmp_path / "run.npz", show_progress=False, **{knob: 0})
+    assert run.step == 0 and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"evaluate: batch must be .*at least 1, got -1"):
+        loop.evaluate(run.params, run.cfg, run.corpus.validation, batch=-1)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float16"])
+def test_parameters_are_floats_of_32_or_64_bits(dtype):
+    with pytest.raises(
+        ValueError, match=f"dtype must be one of 'float32', 'float64', got '{dtype}'"
+    ):
+        tiny.run(dtype=dtype)
+
+
 def test_a_run_refuses_a_model_of_another_vocabulary_and_a_text_too_short():
     with pytest.raises(ValueError, match="vocab_size must be that of the corpus"):
         loop.new_run(tiny.corpus(), tiny.model(None, vocab_size=5), tiny.training())

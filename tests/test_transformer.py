@@ -382,6 +382,20 @@ def test_a_sequence_longer_than_the_context_or_an_unknown_token_is_refused():
             model.model_forward(np.array([[0, bad]]), params, cfg)
     with pytest.raises(ValueError, match="integers"):
         model.model_forward(np.array([[0.0, 1.0]]), params, cfg)
+    for shape in ((T,), (1, 0), (1, T, 1)):
+        with pytest.raises(ValueError, match=r"must be a table \(B, T\) of at least one column"):
+            model.model_forward(np.zeros(shape, int), params, cfg)
+    with pytest.raises(ValueError, match=r"got tokens of shape \(2, 3\) and targets of \(3, 2\)"):
+        model.loss_forward(np.zeros((2, 3), int), np.zeros((3, 2), int), params, cfg)
+
+
+def test_a_cache_serves_one_backward():
+    cfg = config()
+    token_BT = np.zeros((1, T), int)
+    _, _, cache = model.loss_forward(token_BT, token_BT, draw(0, cfg), cfg)
+    model.loss_backward(1.0, cache)
+    with pytest.raises(ValueError, match=r"got one that a backward has consumed\. Run the"):
+        model.loss_backward(1.0, cache)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -498,6 +512,15 @@ def test_generation_refuses_an_encoder(flavor):
     cfg = config(**flavor)
     with pytest.raises(ValueError, match="must be causal, got causal=False"):
         generation.generate([1], draw(0, cfg), cfg, 2)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_generation_refuses_a_model_that_blew_up(temperature):
+    cfg = config()
+    params = draw(0, cfg)
+    params.token_VC[:] = np.nan
+    with pytest.raises(ValueError, match="must predict finite logits, got nan"):
+        list(generation.generate([0], params, cfg, 2, rng=0, temperature=temperature))
 
 
 def test_generation_keeps_yielding_known_tokens_and_the_seed_decides():

@@ -26,9 +26,11 @@ def sources(folder: str | Path, names: list[str] | None = None) -> list[Path]:
     Raises
     ------
     ValueError
-        if a name fits no source.
+        if a name fits no source, or there is none at all.
     """
     found = sorted(Path(folder).glob("[0-9]*.py"))
+    if not found:
+        raise ValueError(f"notebooks: {folder} must hold sources (06_top_k.py), got none.")
     if not names:
         return found
     for name in names:

@@ -105,6 +105,7 @@ class ModelConfig:
         self._check_causal()
 
     def _check_layers(self) -> None:
+        rules.instance(WHO, "moe_layers", self.moe_layers, (tuple, type(None)))
         if self.moe_layers is not None:
             rule = "moe_layers needs moe"
             rules.require(self.moe is not None, WHO, rule, self.moe_layers, "Leave it out.")

@@ -22,8 +22,7 @@ class LearnedNoise:
     floor: float = 0.01
 
     def __post_init__(self) -> None:
-        rule = "floor must be positive"
-        rules.require(self.floor > 0, "LearnedNoise", rule, self.floor, "Use 0.01.")
+        rules.positive("LearnedNoise", "floor", self.floor, "Use 0.01.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +148,8 @@ class ExpertChoice:
     """Every expert chooses its best tokens: ceil(top_k * tokens / num_experts) of them.
 
     A token gets top_k experts on average, and any number from none to all. An expert compares
-    all tokens, later ones too: not for predicting the next token.
+    all tokens, later ones too: not for predicting the next token. Best are those that give it the
+    largest share of their scores: its probability, if the score is a softmax.
 
     Source: Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing, section 3.
     """
@@ -211,10 +211,8 @@ class Capacity:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        who, rule = "Capacity", "factor must be positive and finite"
-        fine = 0 < self.factor < math.inf
-        advice = "Use 1.25, or capacity=None for no limit."
-        rules.require(fine, who, rule, self.factor, advice)
+        who, advice = "Capacity", "Use 1.25, or capacity=None for no limit."
+        rules.positive(who, "factor", self.factor, advice)
         rules.one_of(who, "overflow", self.overflow, ("drop", "next_best"))
         rules.one_of(who, "priority", self.priority, ("token", "choice", "score"))
         rules.one_of(who, "rounding", self.rounding, ("ceil", "floor", "round"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 
@@ -33,15 +34,25 @@ def instance(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
 def not_negative(who: str, name: str, came: Any) -> None:
     """Refuse what is negative or not finite."""
     rule = f"{name} must not be negative, and finite"
-    require(0 <= came < math.inf, who, rule, came, "Use 0 for none.")
+    require(_is_number(came) and 0 <= came < math.inf, who, rule, repr(came), "Use 0 for none.")
 
 
 def positive(who: str, name: str, came: Any, advice: str) -> None:
     """Refuse what is not positive or not finite."""
-    require(0 < came < math.inf, who, f"{name} must be positive and finite", came, advice)
+    fine = _is_number(came) and 0 < came < math.inf
+    require(fine, who, f"{name} must be positive and finite", repr(came), advice)
+
+
+def share(who: str, name: str, came: Any, advice: str = "") -> None:
+    """Refuse what is not from 0 to 1, or is 1."""
+    fine = _is_number(came) and 0 <= came < 1
+    require(fine, who, f"{name} must satisfy 0 <= {name} < 1", repr(came), advice)
 
 
 def positive_weight(term: Any) -> None:
-    """Refuse a balance term without weight."""
-    rule, advice = "weight must be positive", "Leave the term out instead."
-    require(term.weight > 0, type(term).__name__, rule, term.weight, advice)
+    """Refuse a balance term without a weight that counts."""
+    positive(type(term).__name__, "weight", term.weight, "Leave the term out instead.")
+
+
+def _is_number(came: Any) -> bool:
+    return isinstance(came, Real) and not isinstance(came, bool)

@@ -28,9 +28,8 @@ class AdamW:
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
-            came = getattr(self, name)
-            rules.require(0 <= came < 1, "AdamW", f"{name} must satisfy 0 <= {name} < 1", came, "")
-        rules.require(self.eps > 0, "AdamW", "eps must be positive", self.eps, "Use 1e-8.")
+            rules.share("AdamW", name, getattr(self, name))
+        rules.positive("AdamW", "eps", self.eps, "Use 1e-8.")
         rules.not_negative("AdamW", "weight_decay", self.weight_decay)
         rules.instance("AdamW", "skip_idle", self.skip_idle, (bool,))
 
@@ -43,8 +42,7 @@ class SGD:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        rule = "momentum must satisfy 0 <= momentum < 1"
-        rules.require(0 <= self.momentum < 1, "SGD", rule, self.momentum, "")
+        rules.share("SGD", "momentum", self.momentum)
         rules.not_negative("SGD", "weight_decay", self.weight_decay)
 
 
@@ -75,17 +73,15 @@ class TrainingConfig:
         who = "TrainingConfig"
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
             rules.whole_number(who, name, getattr(self, name), least)
-        rule = "rate must be positive"
-        rules.require(0 < self.rate < math.inf, who, rule, self.rate, "Use 1e-3.")
+        rules.positive(who, "rate", self.rate, "Use 1e-3.")
         rules.whole_number(who, "shards", self.shards, 1)
         rule = f"batch must be a multiple of shards ({self.shards})"
         rules.require(self.batch % self.shards == 0, who, rule, self.batch, "Change either.")
         rules.not_negative(who, "final_rate", self.final_rate)
         rules.instance(who, "optimizer", self.optimizer, (AdamW, SGD))
         if self.clip is not None:
-            rules.require(self.clip > 0, who, "clip must be positive", self.clip, "Or clip=None.")
-        rule = "smoothing must satisfy 0 <= smoothing < 1"
-        rules.require(0 <= self.smoothing < 1, who, rule, self.smoothing, "Use 0 for none.")
+            rules.positive(who, "clip", self.clip, "Or clip=None.")
+        rules.share(who, "smoothing", self.smoothing, "Use 0 for none.")
 
     def rate_at(self, step: int) -> float:
         """Compute the learning rate of a step, counted from 0."""

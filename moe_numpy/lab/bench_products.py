@@ -107,7 +107,8 @@ def measure(run: loop.Run, repeats: int, crew: team.Team | None = None) -> dict[
     Returns     the seconds of each, the number of products, and their operations
     """
     loop.take_step(run, crew)
-    with machine.workers(run.training.shards):
+    shards = run.training.shards
+    with machine.workers(shards if shards > 1 else 0):
         products = products_of_step(run)
     threads = len({thread for thread, *_ in products})
     a, b, *outs = np.random.default_rng(0).random((2 + threads, PROBE, PROBE), np.float32)

@@ -55,7 +55,7 @@ def training(steps: int = 20_000, shards: int = 1) -> TrainingConfig:
 def _settle(threads: int) -> None:
     """Do once what `loop.train` does at its start: keep memory, and start threads."""
     machine.keep_memory()
-    _until_the_end.enter_context(machine.workers(threads))
+    _until_the_end.enter_context(machine.workers(threads if threads > 1 else 0))
 
 
 def _step(spec: dict[str, Any]) -> Work:

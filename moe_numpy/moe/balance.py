@@ -282,8 +282,8 @@ def updated_bias(bias_E: Array, load_E: Array, rate: float) -> Array:
 
         bias_e + rate * sign(mean(load) - load_e)
 
-    The bias is added to the scores (of a softmax: to the logits) for the choice alone; gates are
-    computed without it.
+    The bias is added to the scores (of a softmax: to the logits, unless groups limit the choice)
+    for the choice alone; gates are computed without it.
 
     Shapes     bias_E (E,); load_E (E,) choices per expert -> bias_E (E,)
     Source     DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2; Wang et al. 2024; differs: they add it

@@ -67,9 +67,8 @@ def make_plan(
     if asked_NK is None:
         asked_NK = xp.ones((N, K), bool)
     size = capacity.group or max(N, 1)
-    places = [  # of every expert, group by group
-        capacity.places(min(size, N - start), K, E) for start in range(0, max(N, 1), size)
-    ]
+    tokens = [min(size, N - start) for start in range(0, max(N, 1), size)]  # group by group
+    places = [min(capacity.places(n, K, E), n * K) for n in tokens]  # of each expert in the group
     queue = _queue(expert_NK, prob_NE, capacity.priority)
     if capacity.overflow == "next_best":
         return _serve_next_best(expert_NK, score_NE, queue, asked_NK, places, size)

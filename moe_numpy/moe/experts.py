@@ -1,4 +1,8 @@
-"""The experts: one two-layer MLP each, run over contiguous slices of the sorted rows."""
+"""The experts: one two-layer MLP each, run over contiguous slices of the sorted rows.
+
+Letters of this file: a matrix is cut into Q parts of J columns (or rows); P places of an expert
+whose rows are padded.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ from moe_numpy.ops import activation
 
 # OpenBLAS multiplies small matrices as they lie. Larger ones it first copies into an order of its
 # own, which costs more than a product of few rows does; parts of them are small again. For a
-# handful of rows `dot` is the shorter call, during which other threads wait for Python. Without all
-# this (FEW = 0) the pair takes a third more time with 1,024 experts, a fifth more with 128.
+# handful of rows `dot` costs less per call, and other threads wait less for Python. With FEW = 0
+# all this is off; the benchmark's "few rows" says what it gains.
 HANDFUL, FEW = 9, 32  # rows of an expert
-CUT = 4  # parts of its matrix
+CUT = 4  # parts of its matrix, at most
 
 
 class ExpertParams(NamedTuple):
@@ -100,9 +104,9 @@ def grouped_linear_forward(
     """
     R, (E, I, O) = x_RI.shape[0], w_EIO.shape
     y_RO = xp.empty((R, O), x_RI.dtype)
-    B = math.gcd(CUT, O)
-    w_EBIP = w_EIO.reshape(E, I, B, O // B).swapaxes(1, 2)
-    y_BRP = y_RO.reshape(R, B, O // B).swapaxes(0, 1)
+    Q = math.gcd(CUT, O)
+    w_EQIJ = w_EIO.reshape(E, I, Q, O // Q).swapaxes(1, 2)
+    y_QRJ = y_RO.reshape(R, Q, O // Q).swapaxes(0, 1)
 
     def multiply(e: int) -> None:
         start, end = offsets[e], offsets[e + 1]
@@ -110,7 +114,7 @@ def grouped_linear_forward(
         if count > FEW:
             xp.matmul(x, w_EIO[e], out=y_RO[start:end])
         elif count > HANDFUL and I < O:
-            xp.matmul(x, w_EBIP[e], out=y_BRP[:, start:end])
+            xp.matmul(x, w_EQIJ[e], out=y_QRJ[:, start:end])
         elif count:
             xp.dot(x, w_EIO[e], out=y_RO[start:end])
 
@@ -129,9 +133,9 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
     x_RI, w_EIO, offsets = cache
     R, (E, I, O) = x_RI.shape[0], w_EIO.shape
     dx_RI, dw_EIO = xp.empty((R, I), x_RI.dtype), xp.empty((E, I, O), x_RI.dtype)
-    B = math.gcd(CUT, I)
-    w_EBPO, dw_EBPO = (a.reshape(E, B, I // B, O) for a in (w_EIO, dw_EIO))
-    w_EBOP, dx_BRP = w_EBPO.swapaxes(2, 3), dx_RI.reshape(R, B, I // B).swapaxes(0, 1)
+    Q = math.gcd(CUT, I)
+    w_EQJO, dw_EQJO = (a.reshape(E, Q, I // Q, O) for a in (w_EIO, dw_EIO))
+    w_EQOJ, dx_QRJ = w_EQJO.swapaxes(2, 3), dx_RI.reshape(R, Q, I // Q).swapaxes(0, 1)
 
     def undo(e: int) -> None:
         start, end = offsets[e], offsets[e + 1]
@@ -143,12 +147,12 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
             if I >= O:
                 dx_RI[start:end] = xp.dot(w_EIO[e], dy.T).T  # the faster order for few rows
             elif count > HANDFUL:
-                xp.matmul(dy, w_EBOP[e], out=dx_BRP[:, start:end])
+                xp.matmul(dy, w_EQOJ[e], out=dx_QRJ[:, start:end])
             else:
                 xp.dot(dy, w_EIO[e].T, out=dx_RI[start:end])
             if count == 1:  # a product over a lone row is slow
                 x, dy = _with_company(x), _with_company(dy)
-            xp.matmul(x.T.reshape(B, I // B, len(x)), dy, out=dw_EBPO[e])
+            xp.matmul(x.T.reshape(Q, I // Q, len(x)), dy, out=dw_EQJO[e])
         else:
             dw_EIO[e] = 0.0
 

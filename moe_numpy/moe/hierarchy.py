@@ -45,7 +45,7 @@ def hierarchical_route_forward(
 
     Shapes     x_NC (N, C); noise (N, E + G), the experts' columns before the groups', or (N, C)
                for jitter -> gate_NK (N, K), best group first; aux (); plan; report
-    Cache      (cfg, router caches, log_NE, probability, gate and balance caches)
+    Cache      (cfg, both router caches, log-softmax, gate and balance caches)
     Source     Shazeer et al. 2017, appendix B; differs: one matrix holds the secondary routers of
                all groups, and every token passes through it
     """

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from numpy.random import Generator
 
 from moe_numpy.backend import Array, Cache, xp
-from moe_numpy.config import Hierarchy, MoEConfig, SoftSlots
+from moe_numpy.config import Hierarchy, MoEConfig, SoftSlots, rules
 from moe_numpy.moe import dispatch, experts, hierarchy, report, router, routing, shared, soft
 
 
@@ -24,7 +24,11 @@ class MoEParams(NamedTuple):
 
 
 def init_moe(rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int = 1) -> MoEParams:
-    """Draw a router and its experts; `depth` is explained in `init_experts`."""
+    """Draw a router and its experts; `depth` is explained in `init_experts`.
+
+    Raises     ValueError if `dtype` is not "float32" or "float64"
+    """
+    rules.one_of("init_moe", "dtype", dtype, ("float32", "float64"))
     init_routing = router.init_router
     if isinstance(cfg.selection, Hierarchy):
         init_routing = hierarchy.init_hierarchy
@@ -54,8 +58,10 @@ def moe_forward(
     Shapes     x_NC (N, C); noise as `router.draw_noise` draws it
                -> y_NC (N, C); aux (), the weighted balance terms; report
     Cache      the caches of the parts; the experts' hidden rows are the largest
+    Raises     ValueError if parameters, configuration, tokens and noise do not fit together
     Source     Shazeer et al. 2017, section 2; Fedus et al. 2022, section 2
     """
+    _check(x_NC, params, cfg, noise)
     if isinstance(cfg.selection, SoftSlots):
         y_NC, aux, facts, cache = _mix_all(x_NC, params, cfg)
     else:
@@ -105,6 +111,23 @@ def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEPar
         dx_router_NC, drouter = route_backward(dgate_NK, daux, route_cache)  # 1.
         dx_NC = dx_NC + dx_router_NC
     return router.plus(dx_shared_NC, dx_NC), MoEParams(drouter, dexperts, dshared)
+
+
+def _check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -> None:
+    in_ECF = params.experts.in_ECF
+    E, C, F = in_ECF.shape
+    if (E, F) != (cfg.num_experts, cfg.hidden):
+        raise ValueError(
+            f"moe_forward: the parameters must be of {cfg.num_experts} experts of hidden width "
+            f"{cfg.hidden}, as the configuration says, got {E} of {F}. Draw them with `init_moe`."
+        )
+    if x_NC.ndim != 2 or x_NC.shape[1] != C or x_NC.dtype != in_ECF.dtype:
+        raise ValueError(
+            f"moe_forward: x must have the shape (tokens, {C}) and the type {in_ECF.dtype}, as the "
+            f"parameters have, got {x_NC.shape} and {x_NC.dtype}. Reshape or convert it."
+        )
+    if noise is not None:
+        router.check_noise(noise, cfg, *x_NC.shape)
 
 
 def _route(cfg: MoEConfig) -> tuple:

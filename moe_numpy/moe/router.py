@@ -60,6 +60,21 @@ def draw_noise(rng: Generator, cfg: MoEConfig, tokens: int, width: int, dtype: s
     return xp.concatenate(columns, axis=1) if columns else None
 
 
+def check_noise(noise: Array, cfg: MoEConfig, tokens: int, width: int) -> None:
+    """Refuse numbers that are not of the shape that `draw_noise` gives them."""
+    columns = 1 if _draws_second(cfg) else 0
+    if isinstance(cfg.noise, InputJitter):
+        columns += width
+    elif cfg.noise is not None:
+        groups = cfg.selection.groups if isinstance(cfg.selection, Hierarchy) else 0
+        columns += cfg.num_experts + groups
+    if columns and noise.shape != (tokens, columns):
+        raise ValueError(
+            f"moe_forward: the noise must have the shape ({tokens}, {columns}), got {noise.shape}. "
+            "Draw it with `draw_noise` for this batch."
+        )
+
+
 def split_noise(noise: Array | None, cfg: MoEConfig) -> tuple[Array | None, Array | None]:
     """Take what `draw_noise` drew apart: the noise of the router, and the second expert's coin."""
     if noise is None or not _draws_second(cfg):
@@ -82,7 +97,8 @@ def router_forward(
                -> clean_NE, noisy_NE (N, E); scale_NE (N, E), the deviation of the noise on the
                logits, None if there is none
     Units      logits in nats
-    Cache      (jitter_NC, noise, linear caches, softplus cache): none is a copy of x
+    Cache      (params, jitter_NC, noise, linear cache, (linear, softplus caches) or None); with
+               jitter x once more, as the router saw it
     Raises     ValueError if there is noise for a layer that has none
     Source     Shazeer et al. 2017, eq. 3 and 4; Fedus et al. 2022, section 2.4 (jitter)
     """

@@ -27,7 +27,8 @@ def route_forward(
     Source     Shazeer et al. 2017, section 2.1; the parts name theirs
     """
     noise, coin_N = router.split_noise(noise, cfg)
-    clean_NE, noisy_NE, scale_NE, router_cache = router.router_forward(x_NC, params, cfg, noise)
+    router_found = router.router_forward(x_NC, params, cfg, noise)  # 1. logits
+    clean_NE, noisy_NE, scale_NE, router_cache = router_found
     score_NE, score_cache = score.score_forward(cfg.score, noisy_NE)  # 2. scores
     prob_NE, share_cache = score_NE, None
     if cfg.score != "softmax":
@@ -78,9 +79,9 @@ def ranking(noisy_NE: Array, score_NE: Array, bias_E: Array | None, cfg: MoEConf
 
     The logits rank as their scores do, without the ties of scores that are rounded to 0 or 1.
     Scores take their place where their size matters: in sums over a group, and below a bias that
-    is in their units (for the softmax the bias is added to the logits). What a Sinkhorn scaling or
-    a limit to groups makes of them is what overflow follows too: an expert with minus infinity is
-    out of the question.
+    is in their units (for the softmax, without groups, it is added to the logits). What a Sinkhorn
+    scaling or a limit to groups makes of them is what overflow follows too: an expert with minus
+    infinity is out of the question.
 
     Shapes     noisy_NE, score_NE (N, E); bias_E (E,) or None -> rank_NE (N, E)
     """

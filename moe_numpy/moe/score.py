@@ -133,7 +133,7 @@ def kept_gate_backward(dy_NK: Array, cache: Cache) -> Array:
     Shapes     dy_NK (N, K) -> dgate_NK (N, K)
     """
     kept_NK, share_cache = cache
-    return share_backward(dy_NK * kept_NK, share_cache) * kept_NK
+    return share_backward(dy_NK, share_cache) * kept_NK
 
 
 def gates_from_logits(cfg: MoEConfig) -> bool:

@@ -35,20 +35,20 @@ def limited_to_groups(rank_NE: Array, groups: int, kept: int, score: str) -> Arr
     return xp.where(allowed_NE, rank_NE, -xp.inf)  # 3. mask the others
 
 
-def expert_choice(score_NE: Array, places: int) -> tuple[Array, Array]:
+def expert_choice(prob_NE: Array, places: int) -> tuple[Array, Array]:
     """Let every expert choose its `places` best tokens; a tie goes to the lower token.
 
     A token gets any number of experts. K is the largest number that a token got, and at least 1;
     a row of the answer is padded with experts that did not choose the token and are not accepted.
     Of K the host must know: one crossing.
 
-    Shapes     score_NE (N, E); places may exceed N: then every expert takes all tokens
+    Shapes     prob_NE (N, E); places may exceed N: then every expert takes all tokens
                -> expert_NK (N, K) integers, all different in a row, those that chose the token
                first, in the order of their index; accepted_NK (N, K) booleans
     Source     Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing, eq. 2
     """
-    N, E = score_NE.shape
-    token_PE = xp.argsort(-score_NE, axis=0, kind="stable")[:places]  # 1. best tokens of each
+    N, E = prob_NE.shape
+    token_PE = xp.argsort(-prob_NE, axis=0, kind="stable")[:places]  # 1. best tokens of each
     chosen_NE = xp.zeros((N, E), bool)
     chosen_NE[token_PE, xp.arange(E)] = True
     most = max(to_host(chosen_NE.sum(1)).tolist(), default=0)  # 2. K

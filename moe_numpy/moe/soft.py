@@ -73,7 +73,7 @@ def soft_slots_forward(x_NC: Array, params: SoftParams) -> tuple[Array, Array, C
     sum_r combine[n, r] y[r].
 
     Shapes     x_NC (N, C) -> x_RC (R, C), rows sorted by expert; combine_NR (N, R)
-    Cache      (x_NC, unit_NC, unit_RC, scale, dispatch_RN, combine_NR, normalization caches)
+    Cache      (x_NC, dispatch_RN, combine_NR, (unit_NC, unit_RC, scale, normalization caches))
     Source     Puigcerver et al. 2024, From Sparse to Soft Mixtures of Experts, eq. 1 to 3 and
                section 2.3; eps in the normalization as in the released code
     """

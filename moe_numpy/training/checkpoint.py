@@ -5,7 +5,9 @@ The file is a plain `.npz` of arrays plus one JSON text; nothing in it is ever u
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,18 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, 
             "Use the file that `train` of this version wrote."
         )
     return arrays, meta
+
+
+@contextlib.contextmanager
+def whole(who: str, path: str | Path) -> Iterator[None]:
+    """Refuse a checkpoint in which the block misses something, or finds something else."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{who}: {path} must hold all that `train` wrote, got one that lacks something "
+            f"({error!r}). Use an older copy, or train anew."
+        ) from None
 
 
 def restore(like: tree.Tree, arrays: dict[str, np.ndarray], prefix: str) -> tree.Tree:

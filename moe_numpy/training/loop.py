@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_numpy import config, machine, progress, tree
 from moe_numpy.backend import to_device, to_host_together
-from moe_numpy.config import ModelConfig, TrainingConfig
+from moe_numpy.config import ModelConfig, TrainingConfig, rules
 from moe_numpy.moe import balance
 from moe_numpy.training import checkpoint, data, optimizer, shards, team
 from moe_numpy.transformer import model
@@ -125,8 +125,10 @@ def train(
     evaluate_every : steps between evaluations; None for a quarter of the run. The end is always
         evaluated.
     on_step : called with the run after every step.
-    threads : how many share out the shards of a step or, if there is just one shard, its experts,
-        if threadpoolctl is there to keep them apart; None for one per core. It changes no bit.
+    threads : how many share out the shards of a step or, if there is just one shard, its many
+        experts, if threadpoolctl is there to keep them apart; None for one per core. It changes no
+        bit. Where there is nothing to share out, the matrix products have threads of their own,
+        whose number the library chooses and which shows in last digits.
     processes : how many share out the shards instead, if more than one (`team`): faster, as they
         share no Python, on Linux alone. The arrays of the run move to memory that they share:
         look for them in `run` again. It changes no bit either.
@@ -135,17 +137,22 @@ def train(
     ------
     ValueError
         if the loss or the gradient is no longer finite; the last checkpoint stays as it is. Or if
-        there are more processes than shards, or processes cannot share memory here.
+        a number is not positive, there are more processes than shards, or processes cannot share
+        memory here.
     KeyboardInterrupt
         after Ctrl-C, once the step in progress is complete and the checkpoint is written.
     """
+    counts = {"save_every": save_every, "evaluate_every": evaluate_every, "threads": threads}
+    for name, count in counts.items():
+        if count is not None:
+            rules.whole_number("train", name, count, 1)
     every = evaluate_every or max(1, run.training.steps // 4)
     if path is not None and run.step == 0:
         save_run(path, run)
     steps_bar = progress.bar(run.training.steps, "train", "step", run.step, show_progress)
     what_matters_is_checked = np.errstate(over="ignore", invalid="ignore")
     machine.keep_memory()
-    threads = _threads(run, threads or machine.cores()) if processes == 1 else 1
+    threads = _threads(run, threads or machine.cores()) if processes == 1 else 0
     with (
         what_matters_is_checked,
         members(run, processes) as crew,
@@ -185,7 +192,11 @@ def members(run: Run, processes: int) -> Iterator[team.Team | None]:
 def evaluate(
     params: model.ModelParams, cfg: ModelConfig, ids: np.ndarray, batch: int = 32
 ) -> Evaluation:
-    """Measure the loss over consecutive windows of `ids`, without noise and without limits."""
+    """Measure the loss over consecutive windows of `ids`, without noise and without limits.
+
+    Raises     ValueError if `batch`, the windows that are computed together, is not positive
+    """
+    rules.whole_number("evaluate", "batch", batch, 1)
     cfg = cfg.evaluation()
     token_WT, target_WT = data.windows(ids, cfg.context)  # W windows of T tokens
     experts = cfg.moe.num_experts if cfg.moe else 0
@@ -230,31 +241,43 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
         if the file is no checkpoint, or `corpus` is not the text that the run was trained on.
     """
     arrays, meta = checkpoint.load_checkpoint(path)
-    if meta["corpus"]["sha256"] != corpus.sha256:
-        raise ValueError(
-            f"load_run: the text must be the one that the run was started on (sha256 "
-            f"{meta['corpus']['sha256'][:12]}...), got {corpus.sha256[:12]}.... "
-            "Give the same file, or start a new run."
+    with checkpoint.whole("load_run", path):
+        sha256 = meta["corpus"]["sha256"]
+        if sha256 != corpus.sha256:
+            raise ValueError(
+                f"load_run: the text must be the one that the run was started on (sha256 "
+                f"{sha256[:12]}...), got {corpus.sha256[:12]}.... "
+                "Give the same file, or start a new run."
+            )
+        cfg, training = config.from_dict(meta["config"]), config.from_dict(meta["training"])
+        run = new_run(corpus, cfg, training, meta["dtype"])
+        run.params = checkpoint.restore(run.params, arrays, "params")
+        run.state = checkpoint.restore(run.state, arrays, "state")
+        run.series = Series(*(arrays[f"series.{name}"] for name in Series._fields))
+        run.data_rng.bit_generator.state = meta["data_rng"]
+        run.noise_rng.bit_generator.state = meta["noise_rng"]
+        run.step, run.evaluations, run.settings = (
+            meta[name] for name in ("step", "evaluations", "settings")
         )
-    cfg, training = config.from_dict(meta["config"]), config.from_dict(meta["training"])
-    run = new_run(corpus, cfg, training, meta["dtype"])
-    run.params = checkpoint.restore(run.params, arrays, "params")
-    run.state = checkpoint.restore(run.state, arrays, "state")
-    run.series = Series(*(arrays[f"series.{name}"] for name in Series._fields))
-    run.data_rng.bit_generator.state = meta["data_rng"]
-    run.noise_rng.bit_generator.state = meta["noise_rng"]
-    run.step, run.evaluations, run.settings = (
-        meta[name] for name in ("step", "evaluations", "settings")
-    )
+        rules.whole_number("load_run", "step", run.step, 0)
+        rule, most = "step must be at most that of the last", training.steps
+        rules.require(run.step <= most, "load_run", f"{rule} ({most})", run.step, "")
+        for name, like in _empty_series(cfg, training.steps)._asdict().items():
+            came, rule = getattr(run.series, name).shape, f"{name} must have the shape {like.shape}"
+            rules.require(came == like.shape, "load_run", rule, came, "Use an older copy.")
     return run
 
 
 def load_model(path: str | Path) -> tuple[model.ModelParams, ModelConfig, str]:
     """Read the parameters, the configuration and the alphabet of a checkpoint."""
     arrays, meta = checkpoint.load_checkpoint(path)
-    cfg = config.from_dict(meta["config"])
-    like = model.init_model(np.random.default_rng(0), cfg, meta["dtype"])
-    return checkpoint.restore(like, arrays, "params"), cfg, meta["alphabet"]
+    with checkpoint.whole("load_model", path):
+        cfg, alphabet = config.from_dict(meta["config"]), str(meta["alphabet"])
+        rule = f"the alphabet must have {cfg.vocab_size} characters"
+        fine = len(alphabet) == cfg.vocab_size
+        rules.require(fine, "load_model", rule, len(alphabet), "Use an older copy.")
+        like = model.init_model(np.random.default_rng(0), cfg, meta["dtype"])
+        return checkpoint.restore(like, arrays, "params"), cfg, alphabet
 
 
 def take_step(run: Run, crew: team.Team | None = None) -> None:
@@ -292,12 +315,15 @@ def take_step(run: Run, crew: team.Team | None = None) -> None:
 
 
 def _threads(run: Run, most: int) -> int:
-    """One for each shard; of a single shard, all for its experts if most of the work is theirs."""
+    """One for each shard. Of a single shard all, if most of its work is that of many experts.
+
+    None (0) where there is nothing to share out.
+    """
     moe, shards = run.cfg.moe, run.training.shards
+    if shards > 1:
+        return min(most, shards)
     large = moe is not None and run.cfg.width * moe.hidden >= machine.WORTH_A_THREAD
-    if shards == 1 and large and moe.num_experts >= MANY_EXPERTS:
-        return most
-    return min(most, shards)
+    return most if large and moe.num_experts >= MANY_EXPERTS else 0
 
 
 def _move_biases(run: Run, report: model.LossReport) -> None:

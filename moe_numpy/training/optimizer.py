@@ -1,4 +1,4 @@
-"""Optimizers: the only code that writes into parameters."""
+"""Optimizers: the only code that writes into parameters, but for the bias rule of the loop."""
 
 from __future__ import annotations
 

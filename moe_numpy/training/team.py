@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_numpy import machine, tree
 from moe_numpy.backend import Array, few_launches
-from moe_numpy.config import SGD, AdamW, ModelConfig
+from moe_numpy.config import SGD, AdamW, ModelConfig, rules
 from moe_numpy.training import optimizer, shards
 from moe_numpy.transformer import model
 
@@ -35,7 +35,7 @@ class Team:
     """Processes at work between `with` and its end; the caller's own is the member of rank 0.
 
     A member has the program as it was when the block began. What a step needs of the caller is
-    sent to it; that the bits are those of one process is up to the order of every sum.
+    sent to it. Every sum is taken in the order of one process, so the bits are the same.
 
     Every array of the gradients is added up by one member, its owner. It finds what other members
     computed in the trees of `grads`, one for each shard that is not its own, in their order. The
@@ -210,8 +210,10 @@ def _moved(arrays: tree.Tree) -> tree.Tree:
 def require_possible(parts: int, size: int) -> None:
     """Make sure that `size` processes can share out `parts` shards here.
 
-    Raises     ValueError if one would have no shard, or this system cannot have teams
+    Raises     ValueError if there is none, one would have no shard, or this system cannot have
+               teams
     """
+    rules.whole_number("team", "processes", size, 1)
     if size > parts:
         raise ValueError(
             f"team: processes must be at most the shards of a step ({parts}), got {size}. "

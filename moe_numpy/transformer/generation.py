@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from numpy.random import Generator, default_rng
 
-from moe_numpy.backend import Array, to_device, to_host, xp
+from moe_numpy.backend import Array, on_host, to_device, to_host, xp
 from moe_numpy.config import ModelConfig
 from moe_numpy.ops import linear, softmax
 from moe_numpy.transformer import attention, decode, model
@@ -73,8 +74,8 @@ def generate(
     Raises
     ------
     ValueError
-        if the prompt is empty or holds a token outside the vocabulary, a knob is out of range, or
-        the model is not causal.
+        if the prompt is empty or holds a token outside the vocabulary, a knob is out of range,
+        the model is not causal, or its logits are not finite.
     """
     if not cfg.causal:
         raise ValueError(
@@ -123,10 +124,22 @@ def _draw(
     logits_V: Array, rng: Generator, temperature: float, top_k: int | None, top_p: float
 ) -> int:
     if temperature == 0:  # the best token, whatever the draw
-        return int(to_host(logits_V.argmax()))
+        token = int(to_host(logits_V.argmax()))
+        if on_host(logits_V):  # on a GPU the look would be a second crossing
+            _require_finite(logits_V[token])
+        return token
     prob_V = sampling_probabilities(logits_V, temperature, top_k, top_p)
     cumulative_V = to_host(prob_V).cumsum()
+    _require_finite(cumulative_V[-1])
     return int(cumulative_V.searchsorted(rng.random() * cumulative_V[-1], "right"))
+
+
+def _require_finite(number: float) -> None:
+    if not math.isfinite(number):
+        raise ValueError(
+            f"generate: the model must predict finite logits, got {number}. Its training blew up: "
+            "take an earlier checkpoint, or train with a lower learning rate."
+        )
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from numpy.random import Generator
 
 from moe_numpy.backend import Array, Cache, to_device, xp
-from moe_numpy.config import ModelConfig
+from moe_numpy.config import ModelConfig, rules
 from moe_numpy.moe import router
 from moe_numpy.moe.report import MoEReport
 from moe_numpy.ops import linear, loss
@@ -33,7 +33,11 @@ class LossReport(NamedTuple):
 
 
 def init_model(rng: Generator, cfg: ModelConfig, dtype: str = "float32") -> ModelParams:
-    """Draw all parameters (normal, deviation 0.02; see the parts)."""
+    """Draw all parameters (normal, deviation 0.02; see the parts).
+
+    Raises     ValueError if `dtype` is not "float32" or "float64"
+    """
+    rules.one_of("init_model", "dtype", dtype, ("float32", "float64"))
     V, C = cfg.vocab_size, cfg.width
     learned = cfg.positions == "learned"
     return ModelParams(
@@ -78,11 +82,12 @@ def model_forward(
                a layer holds about 8*C + H*T numbers of attention and norms (as many key as query
                heads) and 2*F of a GELU MLP, or 2*K*(C + F) of experts; gated ones 3*F for 2*F.
                With `cfg.recompute` a layer leaves only its input there, C numbers
-    Raises     ValueError if the sequence is longer than the context or a token is unknown
+    Raises     ValueError if the tokens are no table, a sequence is empty or longer than the
+               context, or a token is unknown
     Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
     """
     start = 0 if kv is None else kv[0].length
-    _check_length(start + token_BT.shape[1], cfg)
+    _check_tokens(token_BT, start, cfg)
     x_BTC, token_cache = linear.embedding_forward(token_BT, params.token_VC)  # 1. embed
     x_BTC *= cfg.embedding_scale
     if params.position_TC is not None:
@@ -112,8 +117,14 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
     forward runs again for its cache: the same numbers, to the bit.
 
     Shapes     dlogits_BTV (B, T, V), daux () -> grads
+    Raises     ValueError if the cache is consumed already
     """
     params, cfg, token_cache, caches, norm_cache, head_cache = cache
+    if not caches:
+        raise ValueError(
+            "model_backward: the cache must be fresh, got one that a backward has consumed. "
+            "Run the forward again."
+        )
     dx_BTC, dhead_CV = linear.linear_backward(dlogits_BTV, head_cache)  # 4.
     dx_BTC, dnorm = block.normalize_backward(cfg.logit_scale * dx_BTC, norm_cache)  # 3.
     dblocks, daux = [], daux * _layer_share(cfg)
@@ -149,8 +160,14 @@ def loss_forward(
     Shapes     token_BT, target_BT (B, T) integers -> loss (); report
     Units      nats per token, plus the weighted balance terms
     Cache      (model cache, cross-entropy cache, shape of the logits)
+    Raises     ValueError if tokens and targets differ in shape
     Source     Fedus et al. 2022, section 2.2 (the balance loss is added to the model's)
     """
+    if token_BT.shape != target_BT.shape:
+        raise ValueError(
+            f"loss_forward: every token needs a target, got tokens of shape {token_BT.shape} and "
+            f"targets of {target_BT.shape}. Pass tables (B, T) of the same shape."
+        )
     logits_BTV, aux, reports, model_cache = model_forward(token_BT, params, cfg, noise)  # 1.
     logits_NV = logits_BTV.reshape(-1, cfg.vocab_size)
     cross_entropy, loss_cache = loss.cross_entropy_forward(
@@ -175,7 +192,13 @@ def _layer_share(cfg: ModelConfig) -> float:
     return 1.0 / cfg.moe_count if cfg.balance_over_layers == "mean" else 1.0
 
 
-def _check_length(length: int, cfg: ModelConfig) -> None:
+def _check_tokens(token_BT: Array, start: int, cfg: ModelConfig) -> None:
+    if token_BT.ndim != 2 or token_BT.shape[1] == 0:
+        raise ValueError(
+            f"model_forward: tokens must be a table (B, T) of at least one column, got the shape "
+            f"{token_BT.shape}. One sequence is token_BT[None]."
+        )
+    length = start + token_BT.shape[1]
     if length > cfg.context:
         raise ValueError(
             f"model_forward: a sequence may have at most {cfg.context} tokens (the context), got "
