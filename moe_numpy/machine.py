@@ -1,6 +1,6 @@
 """What a long run asks of the machine: memory that stays, and one thread for each shard.
 
-Nothing here happens on import. Results do not depend on any of it, to the bit.
+Nothing here happens on import. How many threads there are changes no bit of a result.
 """
 
 from __future__ import annotations

@@ -71,14 +71,14 @@ def mlp_backward(dy: Array, cache: Cache) -> tuple[Array, MLPParams]:
     Shapes     dy (..., C) -> dx (..., C), grads
     """
     in_cache, up_cache, third_cache, act_cache, out_cache = cache
-    dh, dout_FC = linear.linear_backward(dy, out_cache)  # 3.
+    dh, dout_FC, _ = linear.linear_backward(dy, out_cache)  # 3.
     da, dup, dthird = activation.activate_backward(dh, act_cache)  # 2.
-    dx, din_CF = linear.linear_backward(da, in_cache)  # 1.
+    dx, din_CF, _ = linear.linear_backward(da, in_cache)  # 1.
     dup_CF = dthird_CF = None
     if up_cache is not None:
-        dx_up, dup_CF = linear.linear_backward(dup, up_cache)
+        dx_up, dup_CF, _ = linear.linear_backward(dup, up_cache)
         dx = dx + dx_up
     if third_cache is not None:
-        dx_third, dthird_CF = linear.linear_backward(dthird, third_cache)
+        dx_third, dthird_CF, _ = linear.linear_backward(dthird, third_cache)
         dx = dx + dx_third
     return dx, MLPParams(din_CF, dup_CF, dout_FC, dthird_CF)

@@ -140,18 +140,19 @@ def router_backward(
                -> dx_NC (N, C), grads
     """
     params, jitter_NC, noise, logit_cache, noise_caches = cache
-    dx_NC, dw_CE, *doffset = linear.linear_backward(plus(dclean_NE, dnoisy_NE), logit_cache)  # 2.
+    dlogit_NE = plus(dclean_NE, dnoisy_NE)
+    dx_NC, dw_CE, doffset_E = linear.linear_backward(dlogit_NE, logit_cache)  # 2.
     dnoise_CE = None if params.noise_CE is None else xp.zeros_like(params.noise_CE)
     if noise_caches is not None:  # 3.
         raw_cache, scale_cache = noise_caches
         dscale_NE = plus(dscale_NE, noise * dnoisy_NE)
         draw_NE = activation.softplus_backward(dscale_NE, scale_cache)
-        dx_noise_NC, dnoise_CE = linear.linear_backward(draw_NE, raw_cache)
+        dx_noise_NC, dnoise_CE, _ = linear.linear_backward(draw_NE, raw_cache)
         dx_NC = dx_NC + dx_noise_NC
     if jitter_NC is not None:  # 1.
         dx_NC = dx_NC * jitter_NC
     dbias_E = None if params.bias_E is None else xp.zeros_like(params.bias_E)
-    return dx_NC, RouterParams(dw_CE, dnoise_CE, dbias_E, *doffset)
+    return dx_NC, RouterParams(dw_CE, dnoise_CE, dbias_E, doffset_E)
 
 
 def plus(a: Array | None, b: Array) -> Array:

@@ -62,6 +62,6 @@ def shared_backward(dy_NC: Array, cache: Cache) -> tuple[Array, SharedParams]:
     y_NC, gate_N1, logit_cache, gate_cache = gated
     dgate_N1 = (y_NC * dy_NC).sum(1, keepdims=True)  # 3.
     dlogit_N1 = activation.sigmoid_backward(dgate_N1, gate_cache)  # 2.
-    dx_gate_NC, dgate_C1 = linear.linear_backward(dlogit_N1, logit_cache)
+    dx_gate_NC, dgate_C1, _ = linear.linear_backward(dlogit_N1, logit_cache)
     dx_NC, dmlp = mlp.mlp_backward(gate_N1 * dy_NC, mlp_cache)  # 1.
     return dx_NC + dx_gate_NC, SharedParams(dmlp, dgate_C1)

@@ -20,21 +20,19 @@ def linear_forward(x: Array, w: Array, b: Array | None = None) -> tuple[Array, C
     return y.reshape(*x.shape[:-1], w.shape[1]), (x, w, b)
 
 
-def linear_backward(dy: Array, cache: Cache) -> tuple[Array, ...]:
+def linear_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array | None]:
     """Undo `linear_forward`.
 
     y_o = sum_i x_i w_io + b_o is linear in each argument, hence
         dx = dy w^T,    dw = sum over rows x^T dy,    db = sum over rows dy.
 
-    Shapes     dy (..., O) -> dx (..., I), dw (I, O) and, if there was a bias, db (O,)
+    Shapes     dy (..., O) -> dx (..., I), dw (I, O), db (O,) or None
     """
     x, w, b = cache
     dy_rows = _rows(dy)
     dx = (dy_rows @ w.T).reshape(x.shape)  # 1.
     dw = _rows(x).T @ dy_rows
-    if b is None:
-        return dx, dw
-    return dx, dw, dy_rows.sum(0)  # 2.
+    return dx, dw, None if b is None else dy_rows.sum(0)  # 2.
 
 
 def embedding_forward(token: Array, table_VC: Array) -> tuple[Array, Cache]:

@@ -241,7 +241,7 @@ def attention_backward(dy_BTC: Array, cache: Cache) -> tuple[Array, AttentionPar
     inputs, norms, turns, scores_cache, out_cache, a_BHTS, v_BGSD, params = cache
     q_cache, k_cache, v_cache = inputs
     H, D, C = params.out_HDC.shape
-    do_BTA, dout_AC, *dout_C = linear.linear_backward(dy_BTC, out_cache)  # 6.
+    do_BTA, dout_AC, dout_C = linear.linear_backward(dy_BTC, out_cache)  # 6.
     G = v_BGSD.shape[1]
     do = _by_group(_split(do_BTA, H), G)
     da_BHTS = (do @ v_BGSD.swapaxes(2, 3)).reshape(a_BHTS.shape)  # 5.
@@ -258,7 +258,7 @@ def attention_backward(dy_BTC: Array, cache: Cache) -> tuple[Array, AttentionPar
     dx_k, dk_CGD, dk_GD = _from_heads(dk_BGSD, k_cache)
     dx_v, dv_CGD, dv_GD = _from_heads(dv_BGSD, v_cache)
     weights = (dq_CHD, dk_CGD, dv_CGD, dout_AC.reshape(H, D, C))
-    biases = (dq_HD, dk_GD, dv_GD, *(dout_C or (None,)))
+    biases = (dq_HD, dk_GD, dv_GD, dout_C)
     return dx_q + dx_k + dx_v, AttentionParams(*weights, *biases, dq_gain, dk_gain, dsink_H)
 
 
@@ -272,8 +272,8 @@ def _to_heads(x_BTC: Array, w_CHD: Array, b_HD: Array | None) -> tuple[Array, Ca
 
 def _from_heads(dy_BHTD: Array, cache: Cache) -> tuple[Array, Array, Array | None]:
     _, H, _, D = dy_BHTD.shape
-    dx_BTC, dw_CA, *db_A = linear.linear_backward(_merge(dy_BHTD), cache)
-    return dx_BTC, dw_CA.reshape(-1, H, D), db_A[0].reshape(H, D) if db_A else None
+    dx_BTC, dw_CA, db_A = linear.linear_backward(_merge(dy_BHTD), cache)
+    return dx_BTC, dw_CA.reshape(-1, H, D), None if db_A is None else db_A.reshape(H, D)
 
 
 def _split(x_BTA: Array, H: int) -> Array:

@@ -125,7 +125,7 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
             "model_backward: the cache must be fresh, got one that a backward has consumed. "
             "Run the forward again."
         )
-    dx_BTC, dhead_CV = linear.linear_backward(dlogits_BTV, head_cache)  # 4.
+    dx_BTC, dhead_CV, _ = linear.linear_backward(dlogits_BTV, head_cache)  # 4.
     dx_BTC, dnorm = block.normalize_backward(cfg.logit_scale * dx_BTC, norm_cache)  # 3.
     dblocks, daux = [], daux * _layer_share(cfg)
     while caches:  # 2.
