@@ -156,6 +156,8 @@ def train(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """Let a trained model write."""
+    import numpy as np
+
     from moe_numpy.training import data, loop
     from moe_numpy.transformer import generation
 
@@ -179,13 +181,14 @@ def generate(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         top_p=options.top_p,
     )
-    if options.json:
-        written = "".join(alphabet[token] for token in new)
-        print(json.dumps({"checkpoint": str(path), "prompt": text, "text": written}))
-        return 0
-    print(text, end="", flush=True)
-    for token in new:
-        print(alphabet[token], end="", flush=True)
+    with np.errstate(over="ignore", invalid="ignore"):  # what matters, `generate` looks at
+        if options.json:
+            written = "".join(alphabet[token] for token in new)
+            print(json.dumps({"checkpoint": str(path), "prompt": text, "text": written}))
+            return 0
+        print(text, end="", flush=True)
+        for token in new:
+            print(alphabet[token], end="", flush=True)
     print()
     return 0
 

@@ -180,6 +180,14 @@ def test_a_loss_that_is_not_a_number_is_told_in_one_line_and_the_run_can_be_read
     assert os.listdir("o") == ["checkpoint.npz"]
 
 
+def test_a_model_that_blew_up_is_told_in_one_line_and_without_warnings():
+    flags = ["--rate", "1e10", "--warmup", "0", "--save-every", "1"]
+    assert run(*TRAIN, *flags, cwd=os.getcwd()).returncode == 1
+    done = run("generate", "--checkpoint", "o", cwd=os.getcwd())
+    assert done.returncode == 1
+    assert re.search(r"finite logits, got nan\. Its training blew up", complaint(done.stderr))
+
+
 def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys):
     def greedy(*_):
         raise MemoryError("Unable to allocate 9.00 TiB")
