@@ -136,6 +136,14 @@ def test_the_peak_is_that_of_the_worker_and_not_of_its_parent():
     assert 10e6 < told["peak"] < 200e6 < fat.nbytes
 
 
+def test_where_nobody_tells_the_memory_there_is_no_peak():
+    code = "import sys; sys.modules['resource'] = None  # as on Windows, without /proc\n"
+    code += "from moe_numpy.lab import bench_process as p; p._kilobytes = lambda *_: open('')\n"
+    code += "p.serve(lambda spec: p.Work(dict, lambda given: None, None, lambda: None, {}))"
+    worker = race.Worker("no peak", (sys.executable, "-c", code), {"threads": 1})
+    assert race.tell([worker]) == [{"peak": None}]
+
+
 FAMILY = """
 import multiprocessing, time
 import numpy as np
@@ -608,6 +616,18 @@ def test_rivals_are_drawn_beside_ours(record):
     lines = bench_report.summary(found).splitlines()
     assert len(lines) == 2 + 4 and lines[-1].startswith("| generation, Mixtral, 1 thread: rival |")
     assert all("| 1.40 (1.10 to 1.60) |" in line for line in lines[2:])
+
+
+def test_a_record_without_peaks_can_be_drawn_read_and_judged(record):
+    found = json.loads(json.dumps(record)) | {"quick": False, "threads": 2}
+    for row in found["rows"]:
+        row["sides"] = [side | {"peak": None} for side in row["sides"] * 2]
+        row["sides"][1]["ratio"] = {"median": 1.4, "low": 1.1, "high": 1.6}
+    for one, told in ((record, True), (found, False)):
+        titles = [ax.get_title() for ax in plots.draw(one, "speed.json").axes]
+        assert ("Memory of training" in titles) == told
+        assert ("MiB at most" in bench_report.table(one)) == told
+    assert [v.met for v in bench_report.verdicts(found) if v.line == 8] == [None] * 3
 
 
 def test_one_kind_of_row_can_be_asked_for(tmp_path, capsys):

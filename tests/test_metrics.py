@@ -114,6 +114,8 @@ def test_the_definition_says_the_numbers_that_are_used():
     text = collapse.Study(num_experts=6).definition
     assert "last 10% of the steps" in text and "half of its 6 experts" in text
     assert "below 1%" in text
+    committed = Path(__file__).parent.parent / "figures/collapse.json"
+    assert json.loads(committed.read_text("utf-8"))["definition"] == collapse.Study().definition
 
 
 def test_the_conditions_differ_from_no_cure_by_what_they_are_named_after():

@@ -14,18 +14,17 @@ import numpy as np
 from numpy.random import Generator
 
 from moe_numpy.classroom import cases_routing, cases_systems, cases_transformer
-from moe_numpy.classroom.cases_routing import moe_config
+from moe_numpy.classroom.cases_routing import moe_config, plan_with_drops
 from moe_numpy.classroom.gradcheck import Case
 from moe_numpy.classroom.sizes import B, C, E, F, K, N, V, chosen, generic
 from moe_numpy.config import (
     ACTIVATIONS,
     GATED,
-    Capacity,
     GaussianNoise,
     InputJitter,
     LearnedNoise,
 )
-from moe_numpy.moe import capacity, experts, mlp, router
+from moe_numpy.moe import experts, mlp, router
 
 OFFSETS = (0, 3, 3, 8, 9)  # nine rows for four experts; the second has none
 
@@ -90,20 +89,12 @@ def _gate(rng: Generator) -> list[Case]:
     return [Case("", (rng.normal(size=(N, E)), chosen(rng)))]
 
 
-def _plan(rng: Generator) -> capacity.Plan:
-    """Draw a plan with dropped choices and an expert without a row."""
-    score_NE = rng.normal(size=(N, E)) - np.array([0, 9, 0, 0])
-    expert_NK = router.top_k(score_NE, K)
-    limits = Capacity(factor=0.8)
-    return capacity.make_plan(expert_NK, score_NE, score_NE, limits)[1]
-
-
 def _dispatch(rng: Generator) -> list[Case]:
-    return [Case("drops", (rng.normal(size=(N, C)), _plan(rng)))]
+    return [Case("drops", (rng.normal(size=(N, C)), plan_with_drops(rng)))]
 
 
 def _combine(rng: Generator) -> list[Case]:
-    plan = _plan(rng)
+    plan = plan_with_drops(rng)
     rows = plan.offsets[-1]
     return [Case("drops", (rng.normal(size=(rows, C)), rng.normal(size=(N, K)), plan))]
 

@@ -46,6 +46,13 @@ def moe_config(**changes: Any) -> MoEConfig:
     return MoEConfig(**{"num_experts": E, "top_k": K, "hidden": F} | changes)
 
 
+def plan_with_drops(rng: Generator) -> capacity.Plan:
+    """Draw a plan with dropped choices and an expert without a row."""
+    score_NE = rng.normal(size=(N, E)) - np.array([0, 9, 0, 0])
+    expert_NK = router.top_k(score_NE, K)
+    return capacity.make_plan(expert_NK, score_NE, score_NE, Capacity(factor=0.8))[1]
+
+
 def _score(rng: Generator) -> list[Case]:
     return [Case(kind, (kind, rng.normal(0, 2, (N, E)))) for kind in SCORES]
 
@@ -108,9 +115,7 @@ def _balance(rng: Generator) -> list[Case]:
 
 
 def _gated_dispatch(rng: Generator) -> list[Case]:
-    score_NE = rng.normal(size=(N, E)) - np.array([0, 9, 0, 0])  # an expert without a row
-    expert_NK = router.top_k(score_NE, K)
-    plan = capacity.make_plan(expert_NK, score_NE, score_NE, Capacity(factor=0.8))[1]
+    plan = plan_with_drops(rng)
     return [Case("drops", (rng.normal(size=(N, C)), rng.normal(size=(N, K)), plan))]
 
 

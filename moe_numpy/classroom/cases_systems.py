@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
+from moe_numpy.classroom.cases_routing import ALL_TERMS
 from moe_numpy.classroom.contract import Case
 from moe_numpy.classroom.sizes import C, E, F, N, V, generic
 from moe_numpy.config import (
@@ -30,7 +31,6 @@ O = 2
 G, P = 3, 4  # groups of a hierarchy, experts of a group
 KEPT, EACH = 2, 2  # groups kept for a token, experts chosen in each
 LEAVES, CHOICES = G * P, KEPT * EACH
-ALL_TERMS = (SwitchLoss(weight=0.7), ImportanceLoss(weight=0.3), LoadLoss(weight=0.5), ZLoss())
 
 
 # --------------------------------------------------------------------------------------- hierarchy

@@ -88,7 +88,8 @@ def plot_shares(ax: Axes, record: dict[str, Any]) -> Axes:
 
 def plot_memory(ax: Axes, record: dict[str, Any]) -> Axes:
     """Draw the largest memory of a process that trains: ours, and the least of PyTorch's."""
-    rows = [row for row in record["rows"] if row["row"] == "step"]
+    steps = [row for row in record["rows"] if row["row"] == "step"]
+    rows = [row for row in steps if row["sides"][0]["peak"]]  # not every system tells it
     if not rows:
         ax.set_axis_off()
         return ax

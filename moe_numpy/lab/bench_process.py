@@ -5,7 +5,7 @@
     ["values", path]           compute the values that are compared, write them down
     ["go", repeats]            repeat the work; answer the seconds of each repetition
     ["tell", what]             answer one of the further facts that the work can tell
-    ["peak"]                   answer the largest memory of the work so far, in bytes
+    ["peak"]                   answer the largest memory of the work so far, in bytes, or None
 
 Both NumPy's side (this file as a program) and that of PyTorch (`tests/benchmarks`) serve by it.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -98,8 +97,10 @@ def sketch(name: str, gradient: np.ndarray) -> np.ndarray:
     return gradient @ fixed.astype(gradient.dtype)
 
 
-def peak_bytes() -> int:
+def peak_bytes() -> int | None:
     """Tell the largest memory that this process has held at once; with its children, all together.
+
+    None where nobody can tell, as on Windows.
 
     Linux counts a process's peak anew when it starts a program, but hands the one in
     `getrusage` on from whoever started it; so that is asked elsewhere only.
@@ -115,6 +116,10 @@ def peak_bytes() -> int:
         held = own["RssFile"] + sum(part["Pss_Anon"] + part["Pss_Shmem"] for part in family)
         return 1024 * max(own["VmHWM"], held if children else 0)
     except (OSError, KeyError):
+        try:
+            import resource  # here, since only Unix has it
+        except ImportError:
+            return None
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

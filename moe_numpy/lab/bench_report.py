@@ -142,7 +142,7 @@ def _frugal_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
         yield _most(7, f"{row['name']} step over its matrix products alone", over, 1.6)
     for row in _rows(record, "step"):
         ours, *others = (side["peak"] for side in row["sides"])
-        share = ours / min(others) if others else None
+        share = ours / min(others) if ours and others else None
         yield _most(8, f"{row['name']} step, peak memory over the least of PyTorch's", share, 0.4)
 
 
@@ -220,8 +220,9 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
             who = "process" if row["processes"] > 1 else "thread"
             split = f"ours in {row['shards']} shards, a {who} each"
             yield f"{split}: without capacity and balance the function of the whole batch"
-        peaks = [f"{side['peak'] / 2**20:.0f}" for side in row["sides"]]
-        yield "MiB at most, all processes: " + ", ".join(peaks)
+        if row["sides"][0]["peak"]:
+            peaks = [f"{side['peak'] / 2**20:.0f}" for side in row["sides"]]
+            yield "MiB at most, all processes: " + ", ".join(peaks)
 
 
 def _spread(found: dict[str, float]) -> str:

@@ -30,6 +30,15 @@ WINDOW = 0.1  # the end of training: the last tenth of the steps
 DEAD = 0.01  # an expert below this share of the load is dead
 
 
+def define(what: str, num_experts: int) -> str:
+    """Say what collapse means for `what`: a layer, or a run that has no more than one."""
+    return (
+        f"A {what} has collapsed if its effective experts, exp(entropy of the load over the last "
+        f"{WINDOW:.0%} of the steps), are fewer than half of its {num_experts} experts. "
+        f"An expert is dead if its share of that load is below {DEAD:.0%}."
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
     """The setting that all runs share."""
@@ -83,11 +92,7 @@ class Study:
     @property
     def definition(self) -> str:
         """Say what collapse means here."""
-        return (
-            "A layer has collapsed if its effective experts, exp(entropy of the load over the last "
-            f"{WINDOW:.0%} of the steps), are fewer than half of its {self.num_experts} experts. "
-            f"An expert is dead if its share of that load is below {DEAD:.0%}."
-        )
+        return define("layer", self.num_experts)
 
 
 def run_study(

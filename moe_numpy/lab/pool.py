@@ -7,11 +7,16 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from moe_numpy import progress
+from moe_numpy import machine, progress
+from moe_numpy.lab import race
 from moe_numpy.training import loop
+
+WINDOWS_MOST = 61  # processes that Python's pool can wait for there
 
 
 def run_all(
@@ -28,6 +33,8 @@ def run_all(
     ----------
     work : a function of a module, which trains `steps` steps and calls `count_step` after each.
     processes : how many go on at once; None for one per processor core. Each uses one thread.
+
+    Raises     ChildProcessError if a process ended before its runs
     """
     results: dict[Hashable, Any] = {}
     context = multiprocessing.get_context("spawn")
@@ -39,24 +46,44 @@ def run_all(
             workers, context, _share, (steps_done, stop)
         ) as pool,
     ):
-        waiting = {pool.submit(work, *job): job for job in jobs}
-        with progress.bar(len(jobs) * steps, title, "step", show=show_progress) as bar:
-            try:
+        try:
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                waiting = thread.submit(_start, pool, work, jobs).result()
+            with progress.bar(len(jobs) * steps, title, "step", show=show_progress) as bar:
                 while waiting:
                     done, _ = concurrent.futures.wait(waiting, timeout=0.2)
                     for future in done:
                         results[waiting.pop(future)] = future.result()
-                    bar.update(steps_done.value - bar.n)
-            except BaseException:  # Ctrl-C, or a run that failed: the others end at their next step
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+                    bar.update(steps_done.get_obj().value - bar.n)  # who died may hold the lock
+        except BrokenProcessPool:  # which has ended the others, too
+            raise ChildProcessError(
+                f"{title}: every process must finish its runs, got the end of one of {workers}; "
+                "the system may have been short of memory. Start again with fewer --processes."
+            ) from None
+        except BaseException:  # Ctrl-C, or a run that failed: the others end at their next step
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     return results
 
 
 def workers_for(processes: int | None, jobs: int) -> int:
     """Tell how many processes `run_all` uses."""
-    return min(processes or os.cpu_count() or 1, jobs)
+    most = WINDOWS_MOST if sys.platform == "win32" else jobs
+    return min(processes or machine.cores(), jobs, most)
+
+
+def _start(
+    pool: concurrent.futures.Executor, work: Callable[..., Any], jobs: list[tuple]
+) -> dict[concurrent.futures.Future, tuple]:
+    """Start the processes and hand them the jobs; return these by their futures.
+
+    In a thread of its own: Ctrl-C interrupts the main thread, so no start is left half done, and
+    the processes inherit from this thread that Ctrl-C is blocked, before they can ignore it.
+    """
+    if hasattr(signal, "pthread_sigmask"):  # Windows has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    return {pool.submit(work, *job): job for job in jobs}
 
 
 # Children count their steps in one shared number, which moves the parent's progress bar, and end
@@ -84,9 +111,8 @@ def count_step(_run: loop.Run) -> None:
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Let child processes that start inside the block run their matrix products on one thread."""
-    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+    before = {name: os.environ.get(name) for name in race.POOLS}
+    os.environ.update(dict.fromkeys(race.POOLS, "1"))
     try:
         yield
     finally:

@@ -28,6 +28,7 @@ BUSY = 0.15  # share of the machine's time that others took: more marks the roun
 GAP = 0.1  # seconds between two blocks
 QUIET_ROUNDS = 3  # as many must be left for the busy ones to be set aside
 PATIENCE = 4  # times the rounds that were asked for: then no further quiet ones are waited for
+# Where the libraries of matrix products read how many threads they may start.
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -136,8 +137,8 @@ def race_all(
 def tell(workers: list[Worker], repeats: int = 3, facts: tuple[str, ...] = ()) -> list[dict]:
     """Start the workers one after the other, let each work a little, and ask for its facts.
 
-    Returns     for each, "peak" (bytes of memory) and the answers to `facts`, which the first
-                alone is asked
+    Returns     for each, "peak" (bytes of memory, or None) and the answers to `facts`, which
+                the first alone is asked
     """
     with tempfile.TemporaryDirectory() as folder:
         given, found = str(Path(folder, "given.npz")), []

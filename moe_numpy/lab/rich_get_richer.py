@@ -20,14 +20,12 @@ import numpy as np
 
 from moe_numpy import config, progress
 from moe_numpy.config import AdamW, Capacity, GaussianNoise, MoEConfig, SwitchLoss
-from moe_numpy.lab import metrics
+from moe_numpy.lab import collapse, metrics
 from moe_numpy.moe import dispatch, layer, router
 from moe_numpy.moe.report import MoEReport
 from moe_numpy.training import clusters, optimizer
 
-WINDOW = 0.1  # the end of training: the last tenth of the steps
 FIGURES = Path(__file__).parents[2] / "figures"  # the committed records
-DEAD = 0.01  # an expert below this share of the load is dead
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +69,7 @@ class Study:
     @property
     def definition(self) -> str:
         """Say what collapse means here."""
-        return (
-            "A run has collapsed if its effective experts, exp(entropy of the load over the last "
-            f"{WINDOW:.0%} of the steps), are fewer than half of its {self.num_experts} experts. "
-            f"An expert is dead if its share of that load is below {DEAD:.0%}."
-        )
+        return collapse.define("run", self.num_experts)
 
 
 class Trace(NamedTuple):
@@ -225,7 +219,7 @@ def mutual_information(table: np.ndarray) -> float:
 def measure(result: Result, seed: int) -> dict[str, Any]:
     """Compute the metrics of a finished run: lists with one entry, for the one layer there is."""
     load = result.trace.load
-    window = max(1, round(WINDOW * len(load)))
+    window = max(1, round(collapse.WINDOW * len(load)))
     load_E = load[-window:].sum(0)
     effective = float(metrics.effective_experts(load_E))
     return {
@@ -233,8 +227,8 @@ def measure(result: Result, seed: int) -> dict[str, Any]:
         "collapsed": [bool(effective < load_E.size / 2)],
         "effective_experts": [effective],
         "effective_experts_clean": [float(metrics.effective_experts(result.wished))],
-        "dead_experts": [int(metrics.dead_experts(load_E, DEAD))],
-        "dead_experts_clean": [int(metrics.dead_experts(result.wished, DEAD))],
+        "dead_experts": [int(metrics.dead_experts(load_E, collapse.DEAD))],
+        "dead_experts_clean": [int(metrics.dead_experts(result.wished, collapse.DEAD))],
         "share": [np.round(metrics.share(load_E), 4).tolist()],
         "share_clean": [np.round(metrics.share(result.wished), 4).tolist()],
         "decisiveness_clean": [result.decisiveness],

@@ -1,0 +1,63 @@
+"""Many runs at once: how many processes there are, and what becomes of them if one dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_numpy import machine
+from moe_numpy.lab import pool
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_there_is_a_process_for_each_core_that_may_be_used_but_none_without_a_job(monkeypatch):
+    assert pool.workers_for(None, 1000) == machine.cores()
+    monkeypatch.setattr(machine, "cores", lambda: 100)
+    assert pool.workers_for(None, 1000) == 100 and pool.workers_for(None, 20) == 20
+    assert pool.workers_for(70, 1000) == 70
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert pool.workers_for(None, 1000) == pool.workers_for(70, 1000) == 61
+    assert pool.workers_for(None, 20) == 20
+
+
+def test_results_come_by_job_and_an_error_of_a_run_is_its_own():
+    jobs = [(8, 2), (9, 3)]
+    assert pool.run_all("t", divmod, jobs, 1, 2, False) == {(8, 2): (4, 0), (9, 3): (3, 0)}
+    with pytest.raises(ZeroDivisionError):
+        pool.run_all("t", divmod, [(1, 0)], 1, 1, False)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no such signal")
+def test_a_killed_process_is_told_in_a_line_that_says_what_to_do():
+    problem = r"study: every process must .* got the end of one of 2; .* fewer --processes\."
+    with pytest.raises(ChildProcessError, match=problem):
+        pool.run_all("study", signal.raise_signal, [(signal.SIGKILL,), (0,)], 1, 2, False)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows blocks no signals")
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.5])
+def test_processes_that_are_still_importing_do_not_hear_ctrl_c(delay):
+    code = "from moe_numpy.lab import pool; import time; print('imported', flush=True)\n"
+    code += "pool.run_all('t', time.sleep, [(0.1,), (0.2,)], 1, 2, False); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout.readline() == "imported\n"
+            time.sleep(delay)
+            os.killpg(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert err.count("Traceback") == 1 and err.endswith("KeyboardInterrupt\n"), err  # the parent's
