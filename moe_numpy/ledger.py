@@ -85,7 +85,7 @@ class Ledger:
     def active(self) -> int:
         """Count the parameters that one token uses, the whole embedding among them.
 
-        This is how Mixtral, OLMoE, Qwen3 and DeepSeek-V3 print it.
+        This is how Mixtral, OLMoE and Qwen3 print it.
         """
         return sum(row.active for row in self.rows)
 

@@ -39,7 +39,7 @@ class GaussianNoise:
 class InputJitter:
     """Multiply what the router sees, and only that, by U(1 - eps, 1 + eps), element by element.
 
-    Source: Fedus et al. 2022, Switch Transformers, section 2.4 (eps = 0.01).
+    Source: Fedus et al. 2022, Switch Transformers, appendix C (eps = 0.01: Mesh TensorFlow).
     """
 
     eps: float = 0.01

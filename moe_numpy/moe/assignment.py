@@ -30,7 +30,7 @@ def balanced_assignment(score_NE: Array) -> Array:
 
     Shapes     score_NE (N, E) -> expert_N (N,) integers
     Raises     ValueError if a score is not finite
-    Source     Lewis et al. 2021, BASE Layers, section 3.1 (the problem; differs: they solve it by
+    Source     Lewis et al. 2021, BASE Layers, section 3.2 (the problem; differs: they solve it by
                an auction); Ahuja, Magnanti and Orlin 1993, Network Flows, section 9.7
     """
     N, E = score_NE.shape

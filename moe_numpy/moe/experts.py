@@ -100,7 +100,7 @@ def grouped_linear_forward(
     Shapes     x_RI (R, I), rows sorted by expert; w_EIO (E, I, O); offsets E + 1 integers
                -> y_RO (R, O)
     Cache      (x_RI, w_EIO, offsets): no copies
-    Source     Gale et al. 2022, MegaBlocks, section 3; differs: a loop over dense slices
+    Source     Gale et al. 2022, MegaBlocks, section 4; differs: a loop over dense slices
     """
     R, (E, I, O) = x_RI.shape[0], w_EIO.shape
     y_RO = xp.empty((R, O), x_RI.dtype)
@@ -180,7 +180,7 @@ def padded_linear_forward(
     Shapes     x_RI (R, I), rows sorted by expert; w_EIO (E, I, O); offsets E + 1 integers
                -> y_RO (R, O)
     Cache      (x_EPI, w_EIO, place_R): 4*E*P*I bytes in float32
-    Source     Lepikhin et al. 2020, GShard, section 3.2; differs: P is what is needed, none drop
+    Source     Lepikhin et al. 2020, GShard, section 3.1; differs: P is what is needed, none drop
     """
     E, I, O = w_EIO.shape
     P = max(end - start for start, end in itertools.pairwise(offsets))

@@ -100,7 +100,7 @@ def router_forward(
     Cache      (params, jitter_NC, noise, linear cache, (linear, softplus caches) or None); with
                jitter x once more, as the router saw it
     Raises     ValueError if there is noise for a layer that has none
-    Source     Shazeer et al. 2017, eq. 3 and 4; Fedus et al. 2022, section 2.4 (jitter)
+    Source     Shazeer et al. 2017, eq. 3 and 4; Fedus et al. 2022, appendix C (jitter)
     """
     if noise is not None and cfg.noise is None:
         raise ValueError("router_forward: noise came for a layer with noise=None. Pass None.")

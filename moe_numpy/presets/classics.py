@@ -234,6 +234,8 @@ SWITCH = Preset(
         "differs: jitter multiplies the router's input, as in the text and the code; the paper's "
         "listing adds it to the logits.",
         "differs: no expert dropout, which is for fine-tuning.",
+        "differs: ReLU of width 3072, as in the configuration of the code; the paper's table 9 has "
+        "a gated GELU of width 2048, as many parameters.",
     ),
     encoder=True,
 )

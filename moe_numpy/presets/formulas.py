@@ -177,7 +177,8 @@ def _product(logits: str) -> str:
 
 def _gates(moe: MoEConfig) -> list[str]:
     """Write down the weights of the chosen experts."""
-    gate, chosen = "score_NE[wished]", "them"
+    moved = moe.capacity is not None and _moves_on(moe.capacity)
+    gate, chosen = "score_NE[used]" if moved else "score_NE[wished]", "them"
     if moe.gate_weights == "renormalized_kept":
         chosen = "those that have a place"
     if moe.renormalized:
@@ -206,7 +207,7 @@ def _places(moe: MoEConfig) -> list[str]:
         "choice": "first choices first",
         "score": "best scores first",
     }
-    full = "asks the next best one" if _moves_on(limit) else "is dropped"
+    full = "asks the next best one: `used`" if _moves_on(limit) else "is dropped"
     return [text, f"served {first[limit.priority]}; who finds an expert full {full}"]
 
 

@@ -101,14 +101,17 @@ BASE = Preset(
     departs=(
         "differs: the experts take the place of a feed-forward; the paper inserts them between "
         "two layers.",
+        "differs: an expert is one feed-forward; the paper's is a stack of them, each with a norm "
+        "and a residual of its own, and so far larger.",
         "differs: the affinity is that of the normalized token.",
         "differs: normal first weights; in the code the experts' last matrix starts at zero and "
         "the router's columns orthogonal.",
     ),
     notes=(
-        "The paper's output a F(x) + (1 - a) x, with F(x) = x + ffn(x), is x + a ffn(x): the "
-        "residual stream plus a gated expert.",
-        "There is one expert for each device; 128 and the other sizes are ours.",
+        "The output of the code, a F(x) + (1 - a) x with F(x) = x + ffn(x), is the x + a ffn(x) of "
+        "the paper's equation 1: the residual stream plus a gated expert.",
+        "Sizes are those of the paper's section 4.1, which prints 8096 for the feed-forward, with "
+        "one expert for each of 128 devices.",
     ),
 )
 
@@ -168,8 +171,9 @@ ST_MOE = Preset(
         "differs: no z-loss on the output's logits.",
     ),
     notes=(
-        "27 layers on each side, width 5120 and the vocabulary are unverified; the rest is from "
-        "the configuration of the code.",
+        "27 layers on each side and the vocabulary are unverified; width 5120 is that of the paper's "
+        "table 11, the rest is from the configuration of the code. Without the extra feed-forwards the "
+        "count is that of the paper.",
     ),
     encoder=True,
 )
@@ -252,10 +256,11 @@ EXPERT_CHOICE = Preset(
         ROTARY,
         "differs: an encoder, because a choice among all tokens of a sequence looks ahead.",
         "differs: no limit on the experts of one token (the paper's variant).",
+        "differs: the dense feed-forwards are plain; the paper's are gated.",
     ),
     notes=(
-        "Positions, norms and vocabulary are not those of the paper's host model; its layers and "
-        "widths are unverified.",
+        "Layers and widths are those of the paper's table 1. Positions, norms and vocabulary are "
+        "not those of its host model, and the active parameters that it prints are not met.",
     ),
 )
 
