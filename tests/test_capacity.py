@@ -295,3 +295,10 @@ def test_later_tokens_do_take_places_away_by_choice_order_and_by_score(overflow,
     limit = Capacity(factor=0.8, overflow=overflow, priority=priority)
     moved = [earlier_outputs_move(seed, k, limit) > 1e-3 for seed in range(10)]
     assert any(moved)
+
+
+def test_a_dropped_choice_is_not_taken_for_the_first_of_65536_experts():
+    E = 2**16
+    prob_NE = np.full((2, E), 1.0 / E)
+    _, plan = capacity.make_plan(np.array([[3], [3]]), prob_NE, prob_NE, Capacity(factor=1.0))
+    assert plan.kept_NK.tolist() == [[True], [False]] and plan.choice_R.tolist() == [0]

@@ -53,6 +53,16 @@ BAD = [
     (moe, {"activation": "tanh"}, "activation must be one of"),
     (moe, {"gate_weights": "softmax"}, "gate_weights must be one of"),
     (moe, {"bias_rate": -0.001}, "bias_rate must not be negative"),
+    (moe, {"router_std": 0.0, "noise": c.InputJitter()}, "router_std = 0 needs"),
+    (moe, {"selection": c.SoftSlots(), "top_k": 4, "router_bias": True}, "router_bias"),
+    (
+        moe,
+        {
+            **{"num_experts": 6, "top_k": 4, "noise": c.LearnedNoise()},
+            **{"selection": c.Hierarchy(groups=3, kept=2), "balance": (c.LoadLoss(),)},
+        },
+        "LoadLoss needs a choice on both levels",
+    ),
     (moe, {"balance": (c.ZLoss(), c.ZLoss())}, "each kind of balance term may come once"),
     (moe, {"balance": (c.LoadLoss(),), "noise": None}, "LoadLoss needs normal noise"),
     (moe, {"balance": (c.LoadLoss(),), "noise": c.InputJitter()}, "LoadLoss needs normal noise"),
@@ -84,6 +94,10 @@ BAD = [
     (lm, {"norm": "batchnorm"}, "norm must be one of"),
     (lm, {"positions": "sinus"}, "positions must be one of"),
     (lm, {"positions": "rotary"}, "even head width"),  # 12 / 4 = 3
+    *(
+        (lm, {"theta": value}, "theta must be positive and finite")
+        for value in (0.0, -1.0, math.inf)
+    ),
     (lm, {"moe_layers": (0,)}, "moe_layers needs moe"),
     (lm, {"moe": moe(), "moe_layers": [0]}, "moe_layers must be tuple or None"),
     (lm, {"moe": moe(), "moe_layers": (3,)}, "from 0 to 2"),
@@ -119,6 +133,7 @@ CAME = {
     "balance must be SwitchLoss or": "switch",
     "each kind of balance term may come once": "ZLoss",
     "even head width": 3,
+    "LoadLoss needs a choice on both levels": (2, 2),
 }
 
 
@@ -223,3 +238,8 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine():
     assert rates[55] == pytest.approx(1.25)
     assert rates[100] == pytest.approx(0.5)
     assert cfg.rate_at(500) == pytest.approx(0.5)
+
+
+def test_limits_that_are_just_reached_are_fine():
+    assert moe(balance=(c.SwitchLoss(counted=4),)).balance[0].counted == 4
+    assert c.Capacity(factor=1.0, minimum=5, multiple=4).places(8, 1, 8) == 8

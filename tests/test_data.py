@@ -1,6 +1,7 @@
 """Texts, batches, the count models that judge them, and the clustered task."""
 
 import math
+import re
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -296,3 +297,14 @@ def test_impossible_tasks_and_samples_are_refused(task):
         clusters.sample_clusters(0, task, 0)
     with pytest.raises(ValueError, match="dtype must be floating, got int64"):
         clusters.sample_clusters(0, task, 3, np.int64)
+
+
+def test_an_alphabet_of_65536_characters_still_fits_16_bits():
+    alphabet = "".join(map(chr, range(65_536)))
+    assert data.encode(alphabet[-1], alphabet).dtype == np.uint16
+
+
+def test_the_arithmetic_multiplies_all_numbers_up_to_twelve():
+    text = data._arithmetic(20_000, np.random.default_rng(0))
+    factors = {int(x) for pair in re.findall(r"(?m)^(\d+)\*(\d+)=", text) for x in pair}
+    assert factors == set(range(13))

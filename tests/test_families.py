@@ -532,3 +532,9 @@ def test_every_pair_of_the_families_has_a_bug_planted_and_a_case():
     homes = (hierarchy, hierarchy_balance, hierarchy_gates, jacobs, shared, soft)
     pairs = {name for name, pair in registry.pairs().items() if pair.module in homes}
     assert pairs == CASES.keys() == {name for name, *_ in BUGS}
+
+
+def test_the_gate_of_a_shared_expert_starts_as_small_as_the_router():
+    cfg = MoEConfig(num_experts=4, top_k=2, hidden=8, shared=Shared(hidden=8, gated=True))
+    drawn = shared.init_shared(np.random.default_rng(0), cfg, 4096, "float64")
+    assert drawn.gate_C1.std() == pytest.approx(cfg.router_std, rel=0.1)

@@ -263,3 +263,16 @@ def test_the_measure_sees_an_expert_too_many(measure):
     more = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, top_k=cfg.moe.top_k + 1))
     products, sums = measure(more)
     assert 2 * (products + sums) > cfg.context * ledger.count(cfg).flops
+
+
+def test_an_encoder_brings_norms_of_its_own_and_those_of_cross_attention():
+    sizes = {"vocab_size": 5, "context": 4, "layers": 3, "width": 8, "heads": 2, "hidden": 8}
+    cfg = ModelConfig(**sizes, norm="rmsnorm")
+    assert ledger.count(cfg, encoder=True)["norms"].parameters == (2 * 6 + 3 + 2) * 8
+
+
+def test_the_weights_of_the_noise_are_active_but_not_read_to_generate():
+    moe = MoEConfig(num_experts=4, top_k=2, hidden=8, noise=LearnedNoise())
+    cfg = ModelConfig(vocab_size=5, context=4, layers=1, width=8, heads=2, moe=moe)
+    row = ledger.count(cfg)["router"]
+    assert (row.parameters, row.active, row.read) == (64, 64, 32)

@@ -10,7 +10,7 @@ import tiny
 from moe_numpy.classroom import registry
 from moe_numpy.config import ACTIVATIONS, GATED, MoEConfig
 from moe_numpy.lab.bench_products import buffers
-from moe_numpy.moe import balance, capacity, dispatch, experts, mlp, router
+from moe_numpy.moe import balance, capacity, dispatch, experts, mlp, router, score
 from moe_numpy.ops import activation, linear, loss, norm, normal, rotary, rows, softmax
 from moe_numpy.transformer import attention
 from moe_numpy.tree import leaves
@@ -342,3 +342,21 @@ def test_an_mlp_keeps_as_many_hidden_rows_as_it_says(name, share):
     given = {id(array) for array in (x, *leaves(params))}
     kept = sum(array.size for key, array in buffers(cache).items() if key not in given)
     assert kept == share * 16 * 500
+
+
+def test_scores_and_z_loss_survive_logits_far_beyond_any_exponential():
+    score_E, cache = score.sqrt_softplus_forward(np.array([-2000.0, -1.0]))
+    dlogit_E = score.sqrt_softplus_backward(np.ones(2), cache)
+    assert np.isfinite(score_E).all() and np.isfinite(dlogit_E).all()
+    logit_NE = np.array([[1000.0, 0.0], [-1000.0, -1000.0]])
+    value, cache = balance.z_loss_forward(logit_NE)
+    close(value, (1000.0**2 + (math.log(2.0) - 1000.0) ** 2) / 2.0)
+    assert np.isfinite(balance.z_loss_backward(1.0, cache)).all()
+
+
+def test_the_gradient_of_a_grouped_bias_is_nobody_elses_array():
+    x_RO, b_EO = np.ones((5, 3)), np.ones((2, 3))
+    _, cache = experts.grouped_bias_forward(x_RO, b_EO, (0, 2, 5))
+    dy_RO = np.ones((5, 3))
+    dx_RO, _ = experts.grouped_bias_backward(dy_RO, cache)
+    assert (dx_RO == dy_RO).all() and not np.shares_memory(dx_RO, dy_RO)

@@ -412,3 +412,10 @@ def test_every_function_is_called_above():
         if name[0] != "_" and getattr(value, "__module__", "") == home.__name__
     }
     assert public == {call[0] for call in CALLS.values()}
+
+
+def test_the_assignment_is_exact_where_sums_differ_in_their_last_digits():
+    e = 2.0**-40
+    score_NE = np.array([[1.0, 1.0 - e], [1.0, 1.0 - 2 * e]])
+    assert assignment.balanced_assignment(score_NE).tolist() == [1, 0]
+    assert assignment.balanced_assignment(score_NE[::-1]).tolist() == [0, 1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_numpy import tree
+from moe_numpy import settings, tree
 from moe_numpy.config import (
     SGD,
     AdamW,
@@ -356,3 +356,14 @@ def test_the_bias_moves_by_its_rule_alone_and_not_by_the_optimizer(optimizer):
         assert expected.any()
         np.testing.assert_allclose(block.feed.router.bias_E, expected, atol=1e-15)
     assert balance.updated_bias(np.zeros(3), np.array([0, 3, 6]), 0.5).tolist() == [0.5, 0, -0.5]
+
+
+def test_the_series_of_a_fresh_router_say_that_it_is_undecided():
+    run = tiny.trained(tiny.moe(), steps=1)
+    np.testing.assert_allclose(run.series.entropy, math.log(4), rtol=0.05)
+    np.testing.assert_allclose(run.series.decisiveness, 1 / 4, rtol=0.2)
+
+
+def test_the_hidden_width_of_experts_is_never_zero():
+    narrow = settings.DEFAULTS | {"width": 1, "top_k": 8}
+    assert settings._moe(narrow).hidden == 1

@@ -603,3 +603,11 @@ def test_generation_refuses_what_cannot_work(prompt, knobs, words):
     cfg = config()
     with pytest.raises(ValueError, match=words):
         list(generation.generate(prompt, draw(0, cfg), cfg, 2, rng=0, **knobs))
+
+
+def test_what_writes_into_the_stream_starts_smaller_the_deeper_the_model():
+    experts = MoEConfig(num_experts=4, top_k=2, hidden=64)
+    cfg = ModelConfig(vocab_size=5, context=4, layers=8, width=64, heads=4, moe=experts)
+    own = model.init_model(np.random.default_rng(0), cfg, "float64").blocks[0]
+    for w in (own.attention.out_HDC, own.feed.experts.out_EFC):
+        assert w.std() == pytest.approx(0.02 / math.sqrt(2 * 8), rel=0.05)

@@ -171,9 +171,9 @@ ST_MOE = Preset(
         "differs: no z-loss on the output's logits.",
     ),
     notes=(
-        "27 layers on each side and the vocabulary are unverified; width 5120 is that of the paper's "
-        "table 11, the rest is from the configuration of the code. Without the extra feed-forwards the "
-        "count is that of the paper.",
+        "27 layers on each side and the vocabulary are unverified; width 5120 is that of the "
+        "paper's table 11, the rest is from the configuration of the code. Without the extra "
+        "feed-forwards the count is that of the paper.",
     ),
     encoder=True,
 )
