@@ -319,7 +319,8 @@ for ax, name in zip(axes, ("no cure", "Switch loss"), strict=True):
 # One seed proves little. So here is every seed of two studies: the language model, and the small
 # layer with nine settings on both tasks. The record of the latter, too, is committed; its runs are
 # longer and learn faster than those above. Noise, capacity and Switch loss are cures, and wait for
-# section 6, as do the hollow dots: what the router chooses once noise and limits are off.
+# section 6, as do the hollow dots: what the router chooses once noise and limits are off. (A layer
+# with a single expert has nothing to collapse: it is in the table alone.)
 
 # %%
 figure, ax = plt.subplots(figsize=(8.4, 3.6))
