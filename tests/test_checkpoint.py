@@ -286,8 +286,9 @@ def test_another_text_is_refused(tmp_path):
         loop.load_run(path, tiny.corpus(seed=1))
 
 
-def changed(path, **entries):
-    """Write the checkpoint anew with other entries; a value of ... takes one away."""
+def changed(path, entries):
+    """Write the checkpoint of a run, but with other entries; a value of ... takes one away."""
+    loop.save_run(path, tiny.run())
     with np.load(path) as archive:
         arrays = {name: archive[name] for name in archive.files}
     meta = json.loads(arrays["meta"].tobytes())
@@ -298,6 +299,7 @@ def changed(path, **entries):
             place[name] = value
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     np.savez(path, **arrays)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -314,9 +316,7 @@ def changed(path, **entries):
     ids=str,
 )
 def test_a_run_that_lacks_something_or_holds_something_else_is_refused(entries, tmp_path):
-    path = tmp_path / "run.npz"
-    loop.save_run(path, tiny.run())
-    changed(path, **entries)
+    path = changed(tmp_path / "run.npz", entries)
     with pytest.raises(ValueError, match=r"^(load_run|restore|from_dict|init_model|new_run): "):
         loop.load_run(path, tiny.corpus())
 
@@ -332,9 +332,7 @@ def test_a_run_that_lacks_something_or_holds_something_else_is_refused(entries, 
     ids=str,
 )
 def test_a_model_that_lacks_something_is_refused(entries, tmp_path):
-    path = tmp_path / "run.npz"
-    loop.save_run(path, tiny.run())
-    changed(path, **entries)
+    path = changed(tmp_path / "run.npz", entries)
     with pytest.raises(ValueError, match=r"^(load_model|init_model): "):
         loop.load_model(path)
 

@@ -49,12 +49,11 @@ def draw_noise(rng: Generator, cfg: MoEConfig, tokens: int, width: int, dtype: s
     uniform numbers from 0 to 1 if the second expert is drawn. None if there is nothing to draw.
     The configuration scales them.
     """
-    columns = []
+    columns, shape = [], (tokens, _columns(cfg, width))
     if isinstance(cfg.noise, InputJitter):
-        columns.append(to_device(rng.uniform(-1.0, 1.0, (tokens, width)), dtype))
+        columns.append(to_device(rng.uniform(-1.0, 1.0, shape), dtype))
     elif cfg.noise is not None:
-        groups = cfg.selection.groups if isinstance(cfg.selection, Hierarchy) else 0
-        columns.append(to_device(rng.standard_normal((tokens, cfg.num_experts + groups)), dtype))
+        columns.append(to_device(rng.standard_normal(shape), dtype))
     if _draws_second(cfg):
         columns.append(to_device(rng.random((tokens, 1)), dtype))
     return xp.concatenate(columns, axis=1) if columns else None
@@ -62,12 +61,7 @@ def draw_noise(rng: Generator, cfg: MoEConfig, tokens: int, width: int, dtype: s
 
 def check_noise(noise: Array, cfg: MoEConfig, tokens: int, width: int) -> None:
     """Refuse numbers that are not of the shape that `draw_noise` gives them."""
-    columns = 1 if _draws_second(cfg) else 0
-    if isinstance(cfg.noise, InputJitter):
-        columns += width
-    elif cfg.noise is not None:
-        groups = cfg.selection.groups if isinstance(cfg.selection, Hierarchy) else 0
-        columns += cfg.num_experts + groups
+    columns = _columns(cfg, width) + (1 if _draws_second(cfg) else 0)
     if columns and noise.shape != (tokens, columns):
         raise ValueError(
             f"moe_forward: the noise must have the shape ({tokens}, {columns}), got {noise.shape}. "
@@ -233,6 +227,13 @@ def renormalized_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
     gate_NK, gather_cache = cache
     dchosen_NK = softmax.softmax_backward(dgate_NK, (gate_NK,))  # 2.
     return raw_gate_backward(dchosen_NK, gather_cache)  # 1.
+
+
+def _columns(cfg: MoEConfig, width: int) -> int:
+    """Count the random numbers of the router for one token."""
+    if cfg.noise is None or isinstance(cfg.noise, InputJitter):
+        return 0 if cfg.noise is None else width
+    return cfg.num_experts + (cfg.selection.groups if isinstance(cfg.selection, Hierarchy) else 0)
 
 
 def _draws_second(cfg: MoEConfig) -> bool:

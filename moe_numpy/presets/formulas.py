@@ -207,7 +207,7 @@ def _places(moe: MoEConfig) -> list[str]:
         "choice": "first choices first",
         "score": "best scores first",
     }
-    full = "asks the next best one: `used`" if _moves_on(limit) else "is dropped"
+    full = "asks the next best one; used_NK = who takes it" if _moves_on(limit) else "is dropped"
     return [text, f"served {first[limit.priority]}; who finds an expert full {full}"]
 
 
