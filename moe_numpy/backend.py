@@ -46,6 +46,11 @@ def use_backend(name: str) -> Iterator[types.ModuleType]:
         _fill(before)
 
 
+def memory(size: int) -> Array:
+    """Allocate so many bytes, as an array of them; they hold anything."""
+    return xp.empty(size, "uint8")
+
+
 def to_device(x: Any, dtype: Any = None) -> Array:
     """Move a host array to the library in use, as `dtype` if one is named."""
     return xp.asarray(x, dtype=dtype)

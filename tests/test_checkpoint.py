@@ -59,6 +59,7 @@ def test_a_whole_run_comes_back(tmp_path):
     params, cfg, alphabet = loop.load_model(path)
     assert (cfg, alphabet) == (run.cfg, run.corpus.alphabet)
     assert tiny.same_bits(params, run.params)
+    assert len(tiny.blocks(params)) == 1 < len(tiny.blocks(again.state))
 
 
 def test_restored_parameters_can_be_trained_on_without_touching_the_file_or_each_other(tmp_path):

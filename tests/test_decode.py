@@ -10,7 +10,7 @@ from moe_numpy import backend, presets, tree
 from moe_numpy.classroom import registry
 from moe_numpy.config import Capacity, GroupLimited, ModelConfig, MoEConfig, Shared
 from moe_numpy.lab import bench
-from moe_numpy.ops import activation
+from moe_numpy.ops import activation, rotary
 from moe_numpy.transformer import attention, decode, generation, model
 
 V, CONTEXT = 13, 9
@@ -119,6 +119,11 @@ def test_the_logits_are_those_of_the_whole_sequence(name):
     assert off(found_TV, wanted_TV).max() < 1e-10
 
 
+def test_huge_logits_of_attention_do_not_overflow():
+    found_TV, wanted_TV = logits_of_both(config(attention_scale=1e3))
+    assert np.isfinite(wanted_TV).all() and off(found_TV, wanted_TV).max() < 1e-10
+
+
 def test_many_published_systems_are_covered():
     assert len(COVERED.keys() & set(presets.names())) >= 9
     assert {"shazeer2017", "switch", "mixtral_8x7b", "deepseek_v3"} <= COVERED.keys()
@@ -189,11 +194,16 @@ def second_first(x_C, params, cfg):
     return chosen, gates[::-1]
 
 
+def turned_back(position_T, *given):
+    cos, sin = rotary.turns(position_T, *given)
+    return cos, -sin
+
+
 CHOOSE = decode._choose
 MISTAKES = {
     "a norm off by a hundred-millionth": ("_normalize", tilted, LLAMA),
     "the gates swapped": ("_choose", second_first, LLAMA),
-    "no turn": ("rotary", type("still", (), {"rotary_forward": lambda x, *_: (x, ())}), LLAMA),
+    "turned the other way": ("rotary", type("back", (), {"turns": turned_back}), LLAMA),
 }
 
 

@@ -134,12 +134,12 @@ def test_gradients_have_one_tree_fewer_than_shards_if_every_member_has_one():
 
 def test_the_arrays_lie_apart_on_lines_of_the_cache_and_keep_their_values():
     before = tiny.run(tiny.moe())
-    room = team._moved(before.params)
+    room = tree.in_one_block(before.params, team._shared)
     assert tiny.same_bits(room, before.params)
     ends = 0
     for moved, old in pairs_of(room, before.params):
         assert not np.shares_memory(moved, old) and moved.flags.c_contiguous
-        assert moved.ctypes.data % team.LINE == 0 and moved.ctypes.data >= ends
+        assert moved.ctypes.data % tree.LINE == 0 and moved.ctypes.data >= ends
         ends = moved.ctypes.data + moved.nbytes
 
 

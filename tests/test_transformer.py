@@ -6,6 +6,7 @@ import math
 import numpy as np
 import oracles
 import pytest
+import tiny
 
 from moe_numpy import tree
 from moe_numpy.config import (
@@ -603,6 +604,15 @@ def test_generation_refuses_what_cannot_work(prompt, knobs, words):
     cfg = config()
     with pytest.raises(ValueError, match=words):
         list(generation.generate(prompt, draw(0, cfg), cfg, 2, rng=0, **knobs))
+
+
+def test_all_parameters_lie_in_one_block_and_none_on_another():
+    params = model.init_model(np.random.default_rng(0), config(moe=EXPERTS, **LLAMA))
+    first, *_ = arrays = sorted(tree.leaves(params), key=lambda array: array.ctypes.data)
+    assert len(tiny.blocks(params)) == 1
+    for array, after in itertools.pairwise(arrays):
+        assert array.ctypes.data + array.nbytes <= after.ctypes.data
+        assert (after.ctypes.data - first.ctypes.data) % tree.LINE == 0
 
 
 def test_what_writes_into_the_stream_starts_smaller_the_deeper_the_model():

@@ -119,14 +119,15 @@ def silu_backward(dy: Array, cache: Cache) -> Array:
     return dy * slope
 
 
-def _silu(x: Array, y: Array, slope: Array | None) -> None:
+def _silu(x: Array, y: Array | None = None, slope: Array | None = None) -> Array:
+    """Return y, in its place if there is one; then work out the slope, if it has a place."""
     s = _sigmoid(x)
-    xp.multiply(x, s, out=y)
-    if slope is None:
-        return
-    xp.subtract(1.0, s, out=slope)  # s + y (1 - s), in place
-    slope *= y
-    slope += s
+    y = xp.multiply(x, s, out=y)
+    if slope is not None:
+        xp.subtract(1.0, s, out=slope)  # s + y (1 - s), in place
+        slope *= y
+        slope += s
+    return y
 
 
 def gelu_forward(x: Array) -> tuple[Array, Cache]:
@@ -176,7 +177,8 @@ def gelu_tanh_backward(dy: Array, cache: Cache) -> Array:
     return dy * slope
 
 
-def _gelu_tanh(x: Array, y: Array, slope: Array | None) -> None:
+def _gelu_tanh(x: Array, y: Array | None = None, slope: Array | None = None) -> Array:
+    """Return y, in its place if there is one; then work out the slope, if it has a place."""
     a = math.sqrt(2.0 / math.pi)
     b = 0.044715 * a
     square = xp.multiply(x, x, out=slope)
@@ -186,14 +188,14 @@ def _gelu_tanh(x: Array, y: Array, slope: Array | None) -> None:
     xp.tanh(h, out=h)
     h += 1.0
     h *= 0.5
-    xp.multiply(x, h, out=y)
-    if slope is None:
-        return
-    slope *= 6.0 * b  # h + y (1 - h) (2 a + 6 b x^2), in place
-    slope += 2.0 * a
-    slope *= y
-    slope *= 1.0 - h
-    slope += h
+    y = xp.multiply(x, h, out=y)
+    if slope is not None:
+        slope *= 6.0 * b  # h + y (1 - h) (2 a + 6 b x^2), in place
+        slope += 2.0 * a
+        slope *= y
+        slope *= 1.0 - h
+        slope += h
+    return y
 
 
 def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
@@ -337,16 +339,15 @@ def activate(kind: str, a: Array, up: Array | None = None) -> Array:
     Shapes     a (..., F); up (..., F) for the gated kinds of two branches, else None -> y (..., F)
     """
     forward = globals()[f"{kind}_forward"]
-    if forward not in _FILLS:  # no shorter way is known, or the function was swapped
+    if forward not in _ALONE:  # no shorter way is known, or the function was swapped
         return activate_forward(kind, a, up)[0]
-    y = xp.empty_like(a, order="C")
-    _FILLS[forward](a, y, None)
+    y = _ALONE[forward](a)
     if up is not None:
         y *= up
     return y
 
 
-_FILLS = {
+_ALONE = {
     silu_forward: _silu,
     swiglu_forward: _silu,
     gelu_tanh_forward: _gelu_tanh,

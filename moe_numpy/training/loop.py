@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_numpy import config, machine, progress, tree
-from moe_numpy.backend import to_device, to_host_together
+from moe_numpy.backend import memory, to_device, to_host_together
 from moe_numpy.config import ModelConfig, TrainingConfig, rules
 from moe_numpy.moe import balance
 from moe_numpy.training import checkpoint, data, optimizer, shards, team
@@ -277,7 +277,8 @@ def load_model(path: str | Path) -> tuple[model.ModelParams, ModelConfig, str]:
         fine = len(alphabet) == cfg.vocab_size
         rules.require(fine, "load_model", rule, len(alphabet), "Use an older copy.")
         like = model.init_model(np.random.default_rng(0), cfg, meta["dtype"])
-        return checkpoint.restore(like, arrays, "params"), cfg, alphabet
+        params = checkpoint.restore(like, arrays, "params")
+    return tree.in_one_block(params, memory), cfg, alphabet
 
 
 def take_step(run: Run, crew: team.Team | None = None) -> None:

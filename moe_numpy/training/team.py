@@ -27,7 +27,6 @@ from moe_numpy.transformer import model
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-LINE = 64  # bytes of a cache line: where an array begins in shared memory
 PATIENCE = 10.0  # seconds that a member has for its last answer
 
 
@@ -54,8 +53,8 @@ class Team:
         """
         require_possible(parts, size)
         self.parts, self.size = parts, size
-        self.params, self.state = _moved(params), _moved(state)
-        self.grads = [_room(params) for _ in range(parts - parts // size)]
+        self.params, self.state = (tree.in_one_block(a, _shared) for a in (params, state))
+        self.grads = [tree.room(params, _shared) for _ in range(parts - parts // size)]
         sizes = [leaf.size for leaf in tree.leaves(params)]
         self._by_size = sorted(range(len(sizes)), key=lambda at: -sizes[at])
         self.shares = [self._by_size[rank::size] for rank in range(size)]  # of arrays to add up
@@ -192,19 +191,9 @@ def _dismiss(member: Any, line: Connection) -> None:
         member.join()
 
 
-def _room(like: tree.Tree) -> tree.Tree:
-    """Make arrays of the form of `like`, all zero, in memory that later processes share."""
-    lengths = (-(-leaf.nbytes // LINE) * LINE for leaf in tree.leaves(like))
-    *starts, size = itertools.accumulate(lengths, initial=0)
-    memory, start = mmap.mmap(-1, max(size, 1)), iter(starts)
-    return tree.map(lambda a: np.ndarray(a.shape, a.dtype, memory, next(start)), like)
-
-
-def _moved(arrays: tree.Tree) -> tree.Tree:
-    room = _room(arrays)
-    for a, b in zip(tree.leaves(room), tree.leaves(arrays), strict=True):
-        np.copyto(a, b)
-    return room
+def _shared(size: int) -> np.ndarray:
+    """Allocate bytes, all zero, that later processes share."""
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
 
 
 def require_possible(parts: int, size: int) -> None:

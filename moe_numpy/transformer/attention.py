@@ -6,6 +6,7 @@ for them.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -48,12 +49,18 @@ class KeyValues:
         self.length = 0
         self._k_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
         self._v_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
-        self._cos, self._sin = rotary.turns(xp.arange(cfg.context), D, cfg.theta, dtype)
+        self._theta = cfg.theta
+
+    @functools.cached_property
+    def _turns(self) -> tuple[Array, Array]:
+        _, _, context, D = self._k_BGSD.shape
+        return rotary.turns(xp.arange(context), D, self._theta, self._k_BGSD.dtype)
 
     def turns(self, T: int) -> tuple[Array, Array]:
         """Return the rotary turns of the T positions that come next."""
+        cos, sin = self._turns
         here = slice(self.length, self.length + T)
-        return self._cos[here], self._sin[here]
+        return cos[here], sin[here]
 
     def append(self, k_BGTD: Array, v_BGTD: Array) -> tuple[Array, Array]:
         """Add T positions; return views of all keys and values, (B, G, S, D) each."""

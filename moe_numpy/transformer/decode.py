@@ -3,7 +3,8 @@
 For a single token everything but the matrices is short, and the calls cost more than the
 arithmetic. This is `model_forward` with as few of them as it takes, in less than two thirds of its
 time, for the models that `supports` names. Most of what is left goes to the matrices: one token
-reads them from memory and uses each number once.
+reads them from memory and uses each number once (which is why `init_model` and `load_model` lay the
+parameters out in one block).
 
 Left out is what one token does not need: no mask (nothing is in its future), no plan (no other
 choice waits for a place), no noise, limit, balance term or report (generation has none), and no
@@ -20,22 +21,27 @@ from typing import NamedTuple
 from moe_numpy.backend import Array, few_launches, xp
 from moe_numpy.config import GroupLimited, ModelConfig, MoEConfig
 from moe_numpy.moe import layer, mlp, router, routing, score, shared
-from moe_numpy.ops import activation, rotary, softmax
+from moe_numpy.ops import activation, rotary
 from moe_numpy.transformer import attention, block, model
 
 SHORT = 6  # tokens, which are read faster one after the other than together
 
 
 class Ready(NamedTuple):
-    """What is made once for all tokens.
+    """What is made once for all tokens; the last three are there for rotary positions alone.
 
-    qkv_CO    of every layer: the matrices of queries, keys and values side by side, the scale of
-              the attention logits in the queries; 4 * C * (H + 2 G) * D bytes in float32
-    unit_D1D  the unit vectors, for rotary positions to turn
+    qkv_CO     of every layer: the matrices of queries, keys and values side by side, the scale of
+               the attention logits in the queries; 4 * C * (H + 2 G) * D bytes in float32
+    turn_DD    x @ turn turns the heads x by the angles of one position, which every token writes
+               here: a channel meets itself and its partner, all else is zero
+    diagonals  a view of what is not zero (2, 2, D / 2): from which half, to which
+    turns      what stands there at every position (T, 2, 2, D / 2)
     """
 
     qkv_CO: tuple[Array, ...]
-    unit_D1D: Array
+    turn_DD: Array | None
+    diagonals: Array | None
+    turns: Array | None
 
 
 def supports(cfg: ModelConfig) -> bool:
@@ -57,15 +63,22 @@ def supports(cfg: ModelConfig) -> bool:
 
 
 def prepare(params: model.ModelParams, cfg: ModelConfig) -> Ready:
-    """Join the projections of every layer.
+    """Join the projections of every layer, and note the turns of every position.
 
     Shapes     q_CHD (C, H, D), k_CGD and v_CGD (C, G, D) -> qkv_CO (C, (H + 2 G) * D)
     """
-    scale = cfg.attention_scale or 1.0 / math.sqrt(cfg.head_width)
+    D, dtype = cfg.head_width, params.token_VC.dtype
+    scale = cfg.attention_scale or 1.0 / math.sqrt(D)
     parts = [own.attention for own in params.blocks]
     joined = [xp.concatenate((p.q_CHD * scale, p.k_CGD, p.v_CGD), 1) for p in parts]
-    unit = xp.eye(cfg.head_width, dtype=params.token_VC.dtype)
-    return Ready(tuple(qkv.reshape(cfg.width, -1) for qkv in joined), unit[:, None])
+    qkv_CO = tuple(qkv.reshape(cfg.width, -1) for qkv in joined)
+    if cfg.positions != "rotary":
+        return Ready(qkv_CO, None, None, None)
+    turn_DD = xp.zeros((D, D), dtype)
+    diagonals = xp.einsum("adbd->abd", turn_DD.reshape(2, D // 2, 2, D // 2))  # a view
+    cos, sin = rotary.turns(xp.arange(cfg.context), D, cfg.theta, dtype)
+    turns = xp.stack((cos[:, 0], sin[:, 1], sin[:, 0], cos[:, 0]), 1)
+    return Ready(qkv_CO, turn_DD, diagonals, turns.reshape(-1, 2, 2, D // 2))
 
 
 def next_logits(
@@ -88,12 +101,11 @@ def next_logits(
     x_C = params.token_VC[token] * cfg.embedding_scale  # 1. embed
     if params.position_TC is not None:
         x_C += params.position_TC[kv[0].length]
-    turn_DD = None
-    if cfg.positions == "rotary":  # a rotation is the matrix that it makes of the unit vectors
-        turn_DD = rotary.rotary_forward(ready.unit_D1D, *kv[0].turns(1))[0][:, 0]
+    if ready.turns is not None:
+        ready.diagonals[...] = ready.turns[kv[0].length]
     for own, qkv_CO, own_kv in zip(params.blocks, ready.qkv_CO, kv, strict=True):  # 2. layers
         n_C = _normalize(x_C, own.norm_1, cfg.norm_eps)
-        x_C += _attend(n_C, qkv_CO, own.attention.out_HDC, turn_DD, own_kv)
+        x_C += _attend(n_C, qkv_CO, own.attention.out_HDC, ready.turn_DD, own_kv)
         n_C = _normalize(x_C, own.norm_2, cfg.norm_eps)
         if isinstance(own.feed, layer.MoEParams):
             x_C += _mix(n_C, own.feed, cfg.moe)
@@ -134,8 +146,10 @@ def _attend(
         qk = qk.dot(turn_DD)  # 2. positions
     k_GSD, v_GSD = kv.append_one(qk[H:], v_GD)
     z = qk[:H].reshape(G, H // G, D) @ k_GSD.swapaxes(1, 2)  # 3. weights (G, H / G, S)
-    a, _ = softmax.softmax_forward(z)
+    z -= z.max(-1, keepdims=True)
+    a = xp.exp(z, out=z)
     o = a @ v_GSD  # 4. weighted values (G, H / G, D)
+    o /= a.sum(-1, keepdims=True)  # as if the weights added up to one
     return o.reshape(H * D).dot(out_HDC.reshape(H * D, C))  # 5. merge
 
 
@@ -174,8 +188,8 @@ def _choose(
     among_chosen = score.gates_from_logits(cfg)
     if not among_chosen:
         read_NE, _ = score.score_forward(cfg.score, logit_NE)  # 2. scores
-    (rank,) = routing.ranking(logit_NE, read_NE, params.bias_E, cfg).tolist()
-    (read,), chosen = read_NE.tolist(), []
+    rank_NE = routing.ranking(logit_NE, read_NE, params.bias_E, cfg)
+    (read,), (rank,), chosen = read_NE.tolist(), rank_NE.tolist(), []
     for _ in range(cfg.top_k):  # 3. choice
         best = rank.index(max(rank))
         rank[best] = -math.inf

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from numpy.random import Generator
 
-from moe_numpy.backend import Array, Cache, to_device, xp
+from moe_numpy import tree
+from moe_numpy.backend import Array, Cache, memory, to_device, xp
 from moe_numpy.config import ModelConfig, rules
 from moe_numpy.moe import router
 from moe_numpy.moe.report import MoEReport
@@ -33,20 +34,21 @@ class LossReport(NamedTuple):
 
 
 def init_model(rng: Generator, cfg: ModelConfig, dtype: str = "float32") -> ModelParams:
-    """Draw all parameters (normal, deviation 0.02; see the parts).
+    """Draw all parameters (normal, deviation 0.02; see the parts); they lie in one block of memory.
 
     Raises     ValueError if `dtype` is not "float32" or "float64"
     """
     rules.one_of("init_model", "dtype", dtype, ("float32", "float64"))
     V, C = cfg.vocab_size, cfg.width
     learned = cfg.positions == "learned"
-    return ModelParams(
+    params = ModelParams(
         token_VC=to_device(rng.normal(0.0, 0.02, (V, C)), dtype),
         position_TC=to_device(rng.normal(0.0, 0.02, (cfg.context, C)), dtype) if learned else None,
         blocks=tuple(block.init_block(rng, cfg, layer, dtype) for layer in range(cfg.layers)),
         norm=block.init_norm(cfg, dtype),
         head_CV=None if cfg.tied else to_device(rng.normal(0.0, 0.02, (C, V)), dtype),
     )
+    return tree.in_one_block(params, memory)
 
 
 def draw_noise(
