@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tiny
 
 from moe_numpy import commands, config, files, machine, tree
 from moe_numpy.backend import xp
@@ -27,6 +28,7 @@ from moe_numpy.lab import (
 )
 from moe_numpy.moe import capacity, experts
 from moe_numpy.training import loop, optimizer
+from moe_numpy.transformer import decode, generation, model
 from tests.benchmarks import plain
 
 PLAN = bench.Plan(rounds=1, threads=1, quick=True, torch=False)
@@ -399,6 +401,7 @@ def test_what_a_step_takes_back_is_there_to_be_taken_back():
     assert isinstance(optimizer.BLOCK, int)
     assert isinstance(experts.FEW, int)
     settings = {"memory", "shards", "float32", "blocks", "experts", "few", "processes"}
+    settings |= set(bench.OF_GENERATION)
     assert plain.TWINS.keys() | settings == bench.STEPS.keys()
     worker = bench.ABLATION_WORKER.read_text("utf-8")
     assert all(f'"{step}"' in worker for step in bench.STEPS.keys() - plain.TWINS.keys())
@@ -409,6 +412,7 @@ def worker(monkeypatch):
     """Load the worker of the ablations; what it takes back is put in place again after the test."""
     monkeypatch.syspath_prepend(bench.ABLATION_WORKER.parent)
     places = [(machine, "keep_memory"), (optimizer, "BLOCK"), (loop, "new_run"), (experts, "FEW")]
+    places += [(generation, "_continue"), (decode, "supports"), (tree, "in_one_block")]
     for module, name in places:
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(bench_work, "build", lambda spec: spec)
@@ -448,13 +452,37 @@ def test_the_settings_of_a_step_are_taken_back(worker):
     assert run_of("dense").params.token_VC.dtype == "float64"
 
 
+def test_the_settings_of_generation_are_taken_back(worker, monkeypatch):
+    cfg, read = bench.models(quick=True)["Mixtral"], []
+    for module, name in ((model, "model_forward"), (decode, "next_logits")):
+        whole = getattr(module, name)
+        note = lambda *a, f=whole, **k: read.append(np.size(a[0])) or f(*a, **k)  # noqa: E731
+        monkeypatch.setattr(module, name, note)
+
+    def write():
+        read.clear()
+        params = model.init_model(RNG(), cfg)
+        tokens = list(generation.generate([1, 2, 3], params, cfg, 9, temperature=0))
+        return tokens, len(tiny.blocks(params))
+
+    tokens, blocks = write()
+    assert blocks == 1 and read == [1] * 11
+    worker.build({"without": "block"})
+    again, blocks = write()
+    assert again == tokens and blocks > 10
+    worker.build({"without": "alone"})
+    assert write()[0] == tokens and read == [3] + [1] * 8
+    worker.build({"without": "keys"})
+    assert write()[0] == tokens and read == [3, 4, 5, 6, 7, 8, 9, 10, 11]
+
+
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
     arguments = ["bench", "--quick", "--rounds", "1", "--threads", "2", "--only", "steps"]
-    one = {"MoE": bench.models(quick=True)["MoE"]}  # it has all of them
+    sparse = {name: bench.models(quick=True)[name] for name in ("MoE", "Mixtral")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "models", lambda quick: one)
+        patch.setattr(bench, "models", lambda quick: sparse)
         assert commands.main([*arguments, "--out", str(folder)]) == 0
     assert (folder / "speed_steps.png").stat().st_size > 10_000
     assert not (folder / "speed.json").exists()
@@ -463,12 +491,17 @@ def steps(tmp_path_factory):
 
 def test_the_record_of_the_steps_has_each_for_the_models_that_it_concerns(steps):
     assert steps["study"] == "speed_steps" and "verdicts" not in steps
-    row, layer = steps["rows"]
-    assert (row["name"], [*row["steps"], "experts", "few"]) == ("MoE", list(bench.STEPS))
+    row, mixtral, layer, text = steps["rows"]
+    others = ["experts", "few", *bench.OF_GENERATION]
+    assert (row["name"], [*row["steps"], *others]) == ("MoE", list(bench.STEPS))
     assert (layer["name"], layer["steps"]) == ("layer of 8 experts", list(bench.OF_A_LAYER))
-    for part in (row, layer):
-        assert len(part["sides"]) == 1 + len(part["steps"]) and part["threads"] == 2
+    assert (text["name"], text["steps"]) == ("generation", list(bench.OF_GENERATION))
+    assert (mixtral["name"], mixtral["steps"]) == ("Mixtral", row["steps"])
+    assert [part["threads"] for part in steps["rows"]] == [2, 2, 2, 1]
+    assert all(len(part["sides"]) == 1 + len(part["steps"]) for part in steps["rows"])
+    for part in (row, mixtral, layer):
         assert 0 < part["difference"] < race.TOLERANCE  # no step is without any effect
+    assert text["difference"] == 0, "the same tokens"
     assert bench_report.gain(row, "slices") == row["sides"][-1]["ratio"]
     dense = row | {"steps": [step for step in row["steps"] if step not in bench.EXPERTS_ONLY]}
     assert bench_report.gain(dense, "slices") is None

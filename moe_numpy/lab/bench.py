@@ -58,6 +58,7 @@ class Plan(NamedTuple):
 WIDTH = 128  # of the layers
 ROWS_TO_SPLIT = 256  # rows of an expert from which on the tokens are split over the threads
 FEW_ROWS = 16  # the same for small experts
+WRITTEN = 60  # tokens of a text
 
 # What PyTorch does in each race: the name of a side, how its experts run, whether AdamW is fused.
 RIVALS = {
@@ -86,9 +87,13 @@ STEPS = {
     "slices": "slices of sorted rows, not padded batches",
     "experts": "threads share experts out, not each product",
     "few": "few rows: products of parts, in the faster order",
+    "keys": "keys and values kept, not computed anew",
+    "alone": "a token alone in few calls, not as a batch of one",
+    "block": "weights in one block, not each on its own",
 }
 EXPERTS_ONLY = ("gather", "slices")
 OF_A_LAYER = ("memory", "activations", *EXPERTS_ONLY, "experts", "few")  # that has many experts
+OF_GENERATION = ("keys", "alone", "block")
 
 
 def models(quick: bool = False) -> dict[str, ModelConfig]:
@@ -213,7 +218,7 @@ def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     if not ABLATION_WORKER.exists():
         return
     for name, cfg in models(plan.quick).items():
-        without = {"experts", "few", *(() if cfg.moe else EXPERTS_ONLY)}
+        without = {"experts", "few", *OF_GENERATION, *(() if cfg.moe else EXPERTS_ONLY)}
         without |= {"shards"} if plan.shards == 1 else set()
         without |= {"processes"} if plan.processes == 1 else set()
         steps = [step for step in STEPS if step not in without]
@@ -226,6 +231,9 @@ def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     steps = [step for step in OF_A_LAYER if step != "experts" or plan.threads > 1]
     tokens = 8 * experts
     yield {"name": name, **_taken_back(plan, _our_layer(plan, moe, tokens), steps)}
+    report("steps of speed, generation")
+    alone = plan._replace(threads=1)
+    yield {"name": "generation", **_taken_back(alone, _our_text(alone), list(OF_GENERATION))}
 
 
 def _taken_back(plan: Plan, whole: Worker, steps: list[str]) -> dict[str, Any]:
@@ -309,8 +317,7 @@ def _overhead(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
 def _generation(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     report("generation, one thread")
     plan = plan._replace(threads=1)
-    spec = {"config": config.to_dict(models(plan.quick)["Mixtral"]), "prompt": 4, "tokens": 60}
-    workers = [ours("generate", plan, **spec)]
+    workers = [_our_text(plan)]
     if plan.torch:
         workers.append(theirs("Transformers generate", workers[0], variant="eager"))
     found = race.race_all(workers, plan.rounds, plan.block)
@@ -318,10 +325,15 @@ def _generation(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     yield {
         "name": "Mixtral",
         "threads": 1,
-        "tokens": 60,
+        "tokens": WRITTEN,
         **found,
         "by_length": told["lengths"],
     }
+
+
+def _our_text(plan: Plan) -> Worker:
+    described = config.to_dict(models(plan.quick)["Mixtral"])
+    return ours("generate", plan, config=described, prompt=4, tokens=WRITTEN)
 
 
 def _imports(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:

@@ -148,23 +148,22 @@ def steps_figure(record: dict[str, Any]) -> Figure:
     """Draw what each step of speed gains, a bar for every row with the spread of the rounds."""
     rows = record["rows"]
     steps = labels(rows)
-    figure = Figure(figsize=(10, 1.6 + 0.7 * len(steps)), layout="constrained", dpi=110)
+    figure = Figure(figsize=(10, 1.6 + 0.65 * len(steps)), layout="constrained", dpi=110)
     ax = figure.subplots()
+    places = {i: _places(rows, steps, i) for i in range(len(rows))}
     for i, row in enumerate(rows):
-        found = [(y, gain(row, step)) for y, step in enumerate(steps)]
-        found = [(y + 0.2 * (i - 1.5), ratio) for y, ratio in found if ratio is not None]
-        places = [y for y, _ in found]
-        medians = np.array([ratio["median"] for _, ratio in found])
-        ends = np.array([[ratio["low"], ratio["high"]] for _, ratio in found]).T
+        found = [gain(row, step) for step in places[i]]
+        medians = np.array([ratio["median"] for ratio in found])
+        ends = np.array([[ratio["low"], ratio["high"]] for ratio in found]).T
         reach = np.abs(ends - medians)
         style = {"height": 0.18, "color": COLORS[i], "ecolor": NEUTRAL, "label": row["name"]}
-        ax.barh(places, medians - 1, left=1, xerr=reach, **style)
-        for y, median, end in zip(places, medians, ends[1], strict=True):
+        ax.barh(list(places[i].values()), medians - 1, left=1, xerr=reach, **style)
+        for y, median, end in zip(places[i].values(), medians, ends[1], strict=True):
             ax.text(max(end, 1.0), y, f" {median:.2f}", va="center", fontsize=8)
     ax.axvline(1.0, color=NEUTRAL, linewidth=0.8)
     ax.set_yticks(range(len(steps)), steps.values(), fontsize=9)
     ax.invert_yaxis()
-    ax.margins(x=0.12)
+    ax.margins(x=0.12, y=0.02)
     lows = [side["ratio"]["low"] for row in rows for side in row["sides"][1:]]
     ax.set_xlim(left=max(0.0, min(1.0, *lows) - 0.1))
     ax.set_xlabel("time without it / with it (bar: median; line: all rounds)")
@@ -172,6 +171,16 @@ def steps_figure(record: dict[str, Any]) -> Figure:
     ax.legend(fontsize=8)
     figure.supxlabel(machine_line(record), fontsize=7)
     return figure
+
+
+def _places(rows: list[dict[str, Any]], steps: dict[str, str], i: int) -> dict[str, float]:
+    """Say for every step that concerns row `i` how high its bar lies: around the step's number."""
+    found = {}
+    for y, step in enumerate(steps):
+        concerned = [other for other, row in enumerate(rows) if step in row["steps"]]
+        if i in concerned:
+            found[step] = y + 0.2 * (concerned.index(i) - (len(concerned) - 1) / 2)
+    return found
 
 
 def _inside(x: float, limits: tuple[float, float]) -> bool:

@@ -3,13 +3,15 @@
 import contextlib
 import functools
 
+import numpy as np
 from plain import TWINS
 
-from moe_numpy import machine
+from moe_numpy import machine, tree
 from moe_numpy.classroom import registry
 from moe_numpy.lab import bench_process, bench_work
 from moe_numpy.moe import experts
 from moe_numpy.training import loop, optimizer
+from moe_numpy.transformer import decode, generation, model
 
 until_the_end = contextlib.ExitStack()
 
@@ -60,6 +62,28 @@ def double_precision(spec):
     loop.new_run = functools.partial(loop.new_run, dtype="float64")
 
 
+def nothing_kept(spec):
+    """Read the whole text again for every token."""
+
+    def again(history, params, cfg, tokens, rng, knobs):
+        for _ in range(tokens):
+            logits_BTV, *_ = model.model_forward(np.array([history[-cfg.context :]]), params, cfg)
+            history.append(generation._draw(logits_BTV[0, -1], rng, *knobs))
+            yield history[-1]
+
+    generation._continue = again
+
+
+def as_a_batch(spec):
+    """Let every token take the way of many."""
+    decode.supports = lambda cfg: False
+
+
+def scattered(spec):
+    """Let every array of the parameters lie where it was drawn."""
+    tree.in_one_block = lambda arrays, memory: arrays
+
+
 SETTINGS = {
     "memory": give_memory_back,
     "shards": one_shard,
@@ -68,6 +92,9 @@ SETTINGS = {
     "float32": double_precision,
     "experts": products_of_two_threads,
     "few": one_order,
+    "keys": nothing_kept,
+    "alone": as_a_batch,
+    "block": scattered,
 }
 
 if __name__ == "__main__":
