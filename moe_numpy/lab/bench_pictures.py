@@ -163,10 +163,14 @@ def steps_figure(record: dict[str, Any]) -> Figure:
     ax.axvline(1.0, color=NEUTRAL, linewidth=0.8)
     ax.set_yticks(range(len(steps)), steps.values(), fontsize=9)
     ax.invert_yaxis()
-    ax.margins(x=0.12, y=0.02)
-    lows = [side["ratio"]["low"] for row in rows for side in row["sides"][1:]]
-    ax.set_xlim(left=max(0.0, min(1.0, *lows) - 0.1))
-    ax.set_xlabel("time without it / with it (bar: median; line: all rounds)")
+    ax.margins(y=0.02)
+    found = [side["ratio"] for row in rows for side in row["sides"][1:]]
+    limits = 0.9 * min(ratio["low"] for ratio in found), 1.3 * max(r["high"] for r in found)
+    label = "time without it / with it (bar: median; line: all rounds)"
+    ax.set(xscale="log", xlim=limits, xlabel=label)
+    ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if _inside(t, limits)]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
     ax.set_title("What each step of speed gains, taken back one at a time")
     ax.legend(fontsize=8)
     figure.supxlabel(machine_line(record), fontsize=7)
