@@ -351,13 +351,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         collapse,
         "train with and without noise and capacity limits, draw the collapse",
-        more="Takes a minute or two; --quick shows the same in a fraction of it.",
+        more="Takes one to three minutes; --quick shows the same in a fraction of it.",
     )
     sub.add_argument("--quick", action="store_true", help="fewer steps and seeds, own folder")
     sub.add_argument(
         "--settings",
         action="store_true",
-        help="instead: where collapse happens and where not, on tasks of clusters (chapter 07)",
+        help="study instead where collapse happens and where not, on cluster tasks (chapter 07)",
     )
     sub.add_argument("--steps", type=_positive, help="training steps of a run (250)")
     sub.add_argument("--seeds", type=_positive, help="number of seeds (4)")
@@ -380,10 +380,12 @@ def _parser() -> argparse.ArgumentParser:
         "--processes",
         type=_positive,
         default=1,
-        help="share out the shards instead of threads: faster, Linux only (%(default)s)",
+        help="processes for the shards, in place of threads: faster, Linux only (%(default)s)",
     )
-    sub.add_argument("--save-every", type=_positive, help="steps (100)")
-    sub.add_argument("--evaluate-every", type=_positive, help="steps (a quarter of the run)")
+    sub.add_argument("--save-every", type=_positive, help="steps between checkpoints (100)")
+    sub.add_argument(
+        "--evaluate-every", type=_positive, help="steps between evaluations (a quarter of the run)"
+    )
     sub.add_argument("--json", action="store_true", help="print the record of the run")
 
     sub = command(generate, "let a trained model write")
@@ -392,7 +394,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=int, default=300, help="characters (%(default)s)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0: most likely (%(default)s)")
     sub.add_argument("--top-k", type=int, help="only the k most likely characters (all)")
-    sub.add_argument("--top-p", type=float, default=1.0, help="only the likeliest mass p (1)")
+    sub.add_argument("--top-p", type=float, default=1.0, help="nucleus of probability mass p (1)")
     sub.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     sub.add_argument("--json", action="store_true", help="print a JSON object")
 
@@ -407,7 +409,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name in ("collapse", "train", "generate", "check"):
         commands.choices[name].add_argument(
-            "--backend", choices=backend.NAMES, default="numpy", help="computes (%(default)s)"
+            "--backend", choices=backend.NAMES, default="numpy", help="array library (%(default)s)"
         )
 
     sub = command(
@@ -421,15 +423,18 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         bench,
         "measure the speed of training and generation, also against PyTorch",
-        more="Close other programs first: rounds that they disturb are marked, and set aside where "
-        "enough quiet ones are left. Takes about ten minutes; --quick only shows that it works.",
+        more="Close other programs first: rounds that they disturb are repeated, and set aside "
+        "where enough quiet ones are left. Takes about ten minutes; --quick only shows that it "
+        "works.",
     )
     sub.add_argument("--quick", action="store_true", help="tiny sizes, own folder")
     rows = ("step", "steps", "layer", "overhead", "generation", "import")
     sub.add_argument("--only", nargs="+", choices=rows, metavar="ROW", help=", ".join(rows))
     sub.add_argument("--rounds", type=_positive, help="of each race (7)")
     sub.add_argument("--threads", type=_positive, default=2, help="of each side (%(default)s)")
-    sub.add_argument("--out", help="folder of figure and record (figures; of a part figures/quick)")
+    sub.add_argument(
+        "--out", help="folder of figure and record (figures; figures/quick for a part)"
+    )
     sub.add_argument("--json", action="store_true", help="print the record instead of a table")
 
     sub = command(notebooks, "build the notebooks from their sources and run them")

@@ -66,7 +66,7 @@ def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
 
 
 def one_product_a_thread() -> contextlib.AbstractContextManager | None:
-    """Hold every matrix product to one thread until the result is left; None where nobody can."""
+    """Hold every matrix product to one thread until the context is left; None if nothing can."""
     try:
         return importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
     except ImportError:

@@ -44,7 +44,7 @@ OPTIONS = {
         "text": Option(str, None, "UTF-8 file to train on; the last tenth validates"),
     },
     "model": {
-        "preset": Option(str, None, "a system of the literature at laptop size; see `systems`"),
+        "preset": Option(str, None, "a published system at laptop size; see `systems`"),
         "layers": Option(int, 2, "transformer layers"),
         "width": Option(int, 64, "width of the residual stream"),
         "heads": Option(int, 4, "attention heads"),
@@ -64,7 +64,9 @@ OPTIONS = {
         "noise": Option(("none", *NOISES), "none", "in the router, in training only"),
         "noise-scale": Option(float, None, "floor, standard deviation or half width of the noise"),
         "capacity": Option(float, None, "capacity factor; left out: no limit"),
-        "overflow": Option(("drop", "next_best", "none"), None, "what a full expert turns away"),
+        "overflow": Option(
+            ("drop", "next_best", "none"), None, "what happens to choices beyond the capacity"
+        ),
         "priority": Option(("token", "choice", "score"), None, "who is served first"),
         "balance": Option(
             "balance",
@@ -81,8 +83,8 @@ OPTIONS = {
         "final-rate": Option(float, 1e-4, "learning rate at the end of the cosine"),
         "warmup": Option(int, 100, "steps of linear rise"),
         "optimizer": Option(("adamw", "sgd"), "adamw", "how gradients move the weights"),
-        "beta1": Option(float, 0.9, "average of AdamW's gradients"),
-        "beta2": Option(float, 0.99, "average of AdamW's squares"),
+        "beta1": Option(float, 0.9, "decay of AdamW's gradient average"),
+        "beta2": Option(float, 0.99, "decay of AdamW's average of squares"),
         "momentum": Option(float, 0.9, "of sgd"),
         "weight-decay": Option(float, 0.1, "decoupled; none on gains and biases"),
         "clip": Option(float, 1.0, "largest gradient norm; 0: no clipping"),
@@ -110,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     shown |= {"preset": "none", "steps": f"1000; {PRESET_STEPS} beside --preset"}
     shown |= {"kv-heads": "as heads", "text": "built-in corpus", "capacity": "no limit"}
     shown |= {
-        "balance": "switch=0.01; none beside --bias-rate",
+        "balance": "switch=0.01; none with --bias-rate",
         "overflow": "drop",
         "priority": "token",
         "noise-scale": "0.01, 1 or 0.01",

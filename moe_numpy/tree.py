@@ -72,7 +72,7 @@ def from_leaves(tree: Tree, replacements: list[Any]) -> Tree:
 
 
 def room(like: Tree, memory: Callable[[int], Any]) -> Tree:
-    """Make arrays of the form of `like` in one block, each whole lines of the cache from its start.
+    """Make arrays of the form of `like` in one block, whole lines of the cache apart.
 
     `memory` gives a block of so many bytes, as an array of them; the arrays hold what it held.
     """

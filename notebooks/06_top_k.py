@@ -59,7 +59,7 @@ pictures.use_small_png()
 # | combine | `y[n] = sum over k of gate[n, k] * (answer of expert[n, k])` | `(N, C)` | yes |
 #
 # The letters: `N` tokens, `C` channels, `E` experts, `K` choices per token, `R` rows that the
-# experts work on. A name ends with the letters of its shape: `logit_NE` is a table with a line
+# experts work on. A name ends with the letters of its shape: `logit_NE` is a table with a row
 # for each token and a column for each expert. Lower-case `n`, `c`, `e`, `k`, `r` count along
 # these axes, from 0.
 #
@@ -161,7 +161,7 @@ figure.tight_layout()
 # %% [markdown]
 # The package does not carry the zeros along. It keeps the `K` chosen logits of each token, `(N,
 # K)`, and takes the softmax of those: the same numbers, without ever computing with infinity.
-# `np.take_along_axis` reads from each line of a table the columns that we name.
+# `np.take_along_axis` reads from each row of a table the columns that we name.
 
 # %%
 gate_NK, gate_cache = router.renormalized_gate_forward(logit_NE, expert_NK)
@@ -187,7 +187,7 @@ print(f"largest difference from the loops: {np.abs(gate_NK - loop_NK).max():.1e}
 #          =  softmax among the chosen logits
 # ```
 #
-# What the unchosen logits say enters through `Z` alone, and `Z` cancels. Keep that in mind for
+# The unchosen logits enter through `Z` alone, and `Z` cancels. Keep that in mind for
 # section 4.
 #
 # If we leave the division out, we get another function: **raw** gates, the probabilities of the
@@ -222,8 +222,8 @@ for n in range(N):
 #
 # Let $L$ be the loss, one number at the very end. We write `dy` for the gradient $\partial L /
 # \partial y$, and so for every name: **`dX` has the shape of `X` and says how fast `L` grows when
-# an entry of `X` grows.** Take one token. Let `o_k` be the answer of its k-th expert, a vector of
-# `C` numbers, and `y` the mix:
+# an entry of `X` grows.** "Slope of y in x" below is short for $\partial y / \partial x$. Take one
+# token. Let `o_k` be the answer of its k-th expert, a vector of `C` numbers, and `y` the mix:
 #
 # ```text
 # y[c]                      = sum over k of gate[k] * o_k[c]
@@ -291,10 +291,10 @@ for n in range(N):
 #
 # ### 4.6 The slopes as a picture
 #
-# Line `i`, column `e` of this table holds the slope of the gate of expert `i` in the logit of
-# expert `e` (the table's name is *Jacobian*), for the token *cat*. By 4.2 it is `p_i ([i = e] -
-# p_e)`, with all probabilities for raw gates, and with the gates themselves for renormalized
-# ones. The gate of an expert that was not chosen is zero and stays zero: its line is empty.
+# Row `i`, column `e` of this table holds the slope of the gate of expert `i` in the logit of expert
+# `e` (the table's name is *Jacobian*), for the token *cat*. By 4.2 it is `p_i ([i = e] - p_e)`,
+# with all probabilities for raw gates, and with the gates themselves for renormalized ones. The
+# gate of an expert that was not chosen is zero and stays zero: its row is empty.
 #
 # > **Predict.** Which columns are all zero with raw top-2 gates, with renormalized top-2 gates,
 # > with renormalized top-1 gates? What does every row sum to, and why?
@@ -314,13 +314,13 @@ for ax, title, p_E, kept_E in (
 figure.tight_layout()
 
 # %% [markdown]
-# A plain `0` is an exact zero. Every row sums to zero: to add the same number to all logits
-# changes no gate. With raw gates every column is alive, with renormalized ones only those of the
-# chosen experts, and on the right nothing is left.
+# A plain `0` is an exact zero. Every row sums to zero: adding the same number to all logits changes
+# no gate. With raw gates every column is alive, with renormalized ones only those of the chosen
+# experts, and on the right nothing is left.
 #
 # Now the same with loops, the formulas of 4.3 and 4.4 word for word, for all eight tokens. The
-# upstream gradient `dgate_NK` is random: one of all ones would hide most mistakes, because gates
-# that sum to one do not feel it.
+# upstream gradient `dgate_NK` is random: all ones would hide most mistakes, because gates that sum
+# to one do not react to them.
 
 # %%
 dgate_NK = rng.normal(size=(N, K)).round(1)
@@ -353,7 +353,7 @@ for name, package_NE, loop_NE in (
 
 # %% [markdown]
 # Formulas, loops and package could share one misunderstanding. So we ask the definition of a
-# slope: move one logit by a little `h` to both sides and look. We do it along both orders of
+# slope: move one logit by a small `h` in both directions and look. We do it for both orders of
 # section 3; the same function must have the same slopes.
 
 
@@ -590,8 +590,8 @@ figure.tight_layout()
 # has no row, its slot is `R`, and it adds nothing to the output. (Who should be dropped is
 # a question of its own; `moe_numpy/moe/capacity.py` has several answers.)
 #
-# With the maps both ways are a single indexing expression. *Dispatch* reads tokens into rows,
-# *combine* reads the experts' answers back and weighs them:
+# With these maps, each direction is a single indexing expression. *Dispatch* reads tokens into
+# rows, *combine* reads the experts' answers back and weighs them:
 #
 # ```text
 # x_RC[r] = x_NC[token_R[r]]
@@ -689,7 +689,7 @@ for n, k in np.argwhere(short.slot_NK == R):
 # - **z-loss**: the square of `log(sum over e of exp(logit))`, averaged over the tokens. It keeps
 #   logits small.
 #
-# The middle three are *balance losses*, the last one is a restraint. Here we need only what the
+# The middle three are *balance losses*, the last one is a regularizer. Here we need only what the
 # four look at: probabilities, gates, noisy logits, logits. (`moe_numpy/moe/balance.py` has them
 # all.) We ask which parameters each can move at all.
 #
@@ -705,10 +705,10 @@ for ax, gate, norm, refused in zip(axes.flat, audit.GATES, found.norm, found.ref
 figure.tight_layout()
 
 # %% [markdown]
-# Each number is the size (Euclidean norm) of the gradient that arrives; black is zero. A star:
-# the configuration refuses this pairing, as one that has no effect or is not defined.
+# Each number is the size (Euclidean norm) of the gradient that arrives; black is zero. A star marks
+# a pairing that the configuration refuses, since it has no effect or is not defined.
 #
-# - **Renormalized top-1, first row.** The task teaches the experts and *nothing* of the router.
+# - **Renormalized top-1, first row.** The task trains the experts and *nothing* in the router.
 #   The importance is dead as well: all gates are one, whatever the router says. But the Switch
 #   loss, the load and the z-loss are alive. This router is steered by balance alone: it can learn
 #   to spread the tokens evenly *without ever hearing whether an expert is any good at them*. A
@@ -746,8 +746,8 @@ for g, t, p in np.argwhere(small & (found.norm > 0)):
 #
 # ## Exercises
 #
-# Replace the line with `raise` and run the cell. The line printed below says what is right, or
-# what went wrong.
+# Replace the `raise` line with your code and run the cell. The line printed below says what is
+# right, or what went wrong.
 #
 # **1. Scatter-add** (10 minutes). The package sends the rows' gradients back by *reading*, with
 # `slot_NK`. Write the other form of section 6, which *adds* each row where its token is, with

@@ -85,7 +85,7 @@ ax = pictures.plot_push(ax)
 # The two curves mirror each other: what the winner gains, the others lose. The push is weak when
 # the router is sure (right end), and also when the gate is tiny (left end).
 #
-# ### The same by loops
+# ### The same with loops
 #
 # Three tokens, three experts. We make up the logits and $u$: the first two tokens are served well
 # ($u < 0$), the third is served badly ($u > 0$).
@@ -142,7 +142,7 @@ for ax, (title, values_NE) in zip(axes, titles.items(), strict=True):
 #
 # The last term is never positive. For another token, with hidden units $h'$ and gradient $dy'$, the
 # same step changes $u'$ by $- \eta \, gate \, (h \cdot h') (dy \cdot dy')$. **Serving a token makes
-# $u$ smaller for that token and for all that are like it**: alike in $h$, and in want of a similar
+# $u$ smaller for that token and for all that are like it**: alike in $h$, and needing a similar
 # change. That closes the loop: being chosen, the expert learns; having learned, it has $u < 0$;
 # with $u < 0$ its logit rises and all others fall; so it is chosen again. An expert that was not
 # chosen has no gradient at all. Here are the four lines in numbers.
@@ -178,9 +178,9 @@ print(f"the formula says   {u - eta * gate * (h @ h) * (dy @ dy):+.4f}")
 #   $$ H - \log E = \sum_{share > 0} share[e] \log \frac{1}{E \, share[e]}
 #      \le \sum_{share > 0} \Big( \frac{1}{E} - share[e] \Big) \le 1 - 1 = 0 . $$
 #
-# So effective experts go from 1 to $E$. An expert is called **dead** if its share is below 1 %.
+# So effective experts go from 1 to $E$. An expert is called **dead** if its share is below 1%.
 #
-# ### By loops
+# ### With loops
 
 # %%
 load_E = np.array([6, 2, 4, 0])
@@ -237,8 +237,8 @@ Image(pictures.animate_shares(one.share, steps, "Top-1, raw gates, one job"), fo
 # The dotted line is an even share. (Where pictures cannot move, you see the last step only.)
 #
 # Now the loop itself: each expert's share, the size of its gradient, and the loss of the tokens it
-# served (each point averages four steps). A line that stops belongs to an expert that nobody chose
-# any more: it has no loss, and its gradient is exactly zero.
+# served (each point averages four steps). A line that stops belongs to an expert that no token
+# chose anymore: it has no loss, and its gradient is exactly zero.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9))
@@ -248,7 +248,7 @@ axes = pictures.plot_rich_get_richer(axes, hundred, "One job: the rich get riche
 # %% [markdown]
 # From left to right: the expert with the largest share gets the largest and steadiest gradient,
 # its loss falls, and the router sends it more. Section 1 also predicts *when* the push begins: at
-# first $u$ has the sign of a coin toss, and once experts have learned, $u < 0$ for most tokens.
+# first the sign of $u$ is a coin toss, and once experts have learned, $u < 0$ for most tokens.
 # `pull` is the share of an expert's tokens with $u < 0$.
 
 # %%
@@ -351,7 +351,7 @@ print(rich_get_richer.table(settings))
 # - On eight jobs no run counts as collapsed, and yet some experts are dead, and it
 #   costs: compare with "raw + Switch", where all experts work. "Not collapsed" is not "fine".
 # - "All experts" cannot starve anybody, since every expert serves every token. It pays with the
-#   computation that a MoE is meant to save.
+#   computation that an MoE is meant to save.
 
 # %% [markdown]
 # ## 5. Balanced is not healthy
@@ -387,8 +387,8 @@ for ax, task in zip(axes, settings["tasks"], strict=True):
 # %% [markdown]
 # - **Top left**: sure and collapsed. **Top right**: sure and balanced; on eight jobs this is the
 #   place to be. **Bottom right**: balanced and undecided. There the load plot looks perfect and the
-#   router is a stopped clock.
-# - On *one job* nobody balanced is sure, and nobody should be: there is nothing to be sure about.
+#   router tells nothing apart.
+# - On *one job* no balanced router is sure, and none should be: there is nothing to be sure about.
 #   No place in the plane is right for every task. What decides is the loss on new tokens.
 #
 # ## 6. Cures, and what they touch
@@ -404,8 +404,8 @@ for ax, task in zip(axes, settings["tasks"], strict=True):
 # - **Noise** is added to the logits before the choice, so that others get a chance. It is
 #   switched off after training. Nothing forbids a collapse.
 # - **Capacity with overflow to the next best expert**: an expert has only so many places;
-#   who finds it full goes to the token's next best one. The load *must* spread, whatever the router
-#   wants.
+#   a choice that finds it full goes to the token's next best one. The load *must* spread, whatever
+#   the router wants.
 # - The **Switch loss** is added to the loss, times a small weight:
 #   $$ switch = E \sum_e f[e] \, P[e], \qquad P[e] = \frac1N \sum_n prob[n, e], $$
 #   where $f[e]$ is expert $e$'s share of the choices. Counts have no gradient, so $f$ is a
@@ -434,10 +434,10 @@ for ax, name in zip(axes.flat, names, strict=True):
 legend = axes[0, 0].legend(fontsize=8, frameon=False)
 
 # %% [markdown]
-# With **capacity** the filled bars are far more level than the hollow ones: the queue is spread,
-# the wish is not. (Dotted: an even share.) Take the limit away, as one does when the model is
-# used, and the load follows the hollow bars. With the **Switch loss** filled and hollow agree:
-# the router itself changed. Averages over all seeds and both layers:
+# With **capacity** the filled bars are far more level than the hollow ones: the load is spread, the
+# router's wish is not. (Dotted: an even share.) Take the limit away, as one does when the model is
+# used, and the load follows the hollow bars. With the **Switch loss** filled and hollow agree: the
+# router itself changed. Averages over all seeds and both layers:
 
 # %%
 print(collapse.table(text))
@@ -461,7 +461,7 @@ for task in settings["tasks"]:
 
 # %% [markdown]
 # A plus sign means that the cure made the model *worse*. On text, at this short budget, and on one
-# job, balance costs loss. The likely reason: few experts that see everything learn a common job
+# job, balance costs loss. The likely reason: a few experts that see everything learn a common job
 # faster. On eight jobs the Switch loss pays. Longer training or larger models may answer
 # differently; these records do not tell. Balance is a means. Ask what it buys, on your task, with
 # your budget.
@@ -477,7 +477,7 @@ for task in settings["tasks"]:
 # - Ask of every cure: does it change the load, or the router? And what does it cost?
 
 # %% [markdown]
-# ## Exercise 1: effective experts by loops
+# ## Exercise 1: effective experts with loops
 #
 # Write it with `for`, without NumPy's sums. `load_E` holds counts; some may be zero.
 
@@ -507,9 +507,10 @@ print(exercises_07.check_switch_gradient(my_switch_gradient))
 # %% [markdown]
 # ## Exercise 3: an alarm for collapse
 #
-# You watch the first 20 steps of a run: `share_SE`, shape (20, $E$). Answer `True` if the run will
-# end collapsed. The check takes raw top-1 on both tasks, all seeds, and reads from the record how
-# each of them ended. One wrong answer in eight will do. It also tries other numbers of experts.
+# You watch the first 20 steps of a run: `share_SE`, shape (20, $E$). Return `True` if the run will
+# end in collapse. The check takes raw top-1 on both tasks, all seeds, and reads from the record how
+# each of them ended. Up to one wrong answer in eight is allowed. It also tries other numbers of
+# experts.
 
 
 # %%

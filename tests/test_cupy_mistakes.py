@@ -1,7 +1,7 @@
 """Mistakes against CuPy, planted in a pair: the scan and the stand-in name them.
 
 Each is a body of `softmax_forward` that NumPy takes without a word. The text goes to the scan; the
-function takes the place of the real one while a MoE layer runs on the stand-in.
+function takes the place of the real one while an MoE layer runs on the stand-in.
 """
 
 import re

@@ -351,7 +351,7 @@ def test_the_waits_that_hand_no_value_over_are_known():
         loop.take_step(run)
     assert waits(crossings, hidden=True) <= collections.Counter(
         {
-            ("bincount", "switch_loss_forward"): 2,  # once a MoE layer
+            ("bincount", "switch_loss_forward"): 2,  # once an MoE layer
             ("bincount", "make_report"): 2,
             ("flatnonzero", "embedding_backward"): 1,
         }

@@ -18,7 +18,7 @@ MATHEMATICS = ("ops/", "moe/", "transformer/", "training/optimizer")
 ALLOWED = {
     ("ops/linear", "check_vocabulary", "int"): "looks at the values of host tokens only",
     ("moe/capacity", "_serve_next_best", "tolist"): "walks over a host table that crossed in one",
-    ("moe/capacity", "_plan", "tolist"): "the routing sizes: the one crossing of a MoE layer",
+    ("moe/capacity", "_plan", "tolist"): "the routing sizes: the one crossing of an MoE layer",
     ("moe/experts", "truncated_normal", "rng"): "draws on the host until all lie inside",
     ("moe/assignment", "balanced_assignment", "tolist"): "walks over a table that crossed in one",
     ("moe/selection", "expert_choice", "tolist"): "how many experts a token got: the one crossing",

@@ -106,7 +106,7 @@ ATTENTION = {
     "gpt-oss": {**LLAMA, "kv_heads": 2, "head_size": 6, "attention_bias": True, "sinks": True},
     "OpenMoE": {**LLAMA, "attention_scale": 1.0, "head_size": 6},
 }
-NOISY_MIX = {  # a dense layer, then a MoE layer with noise and limits
+NOISY_MIX = {  # a dense layer, then an MoE layer with noise and limits
     "moe_layers": (1,),
     "moe": moe_config(
         noise=LearnedNoise(),

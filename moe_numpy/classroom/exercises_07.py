@@ -13,7 +13,7 @@ SOLVED = "solved: {}"
 
 
 def check_effective_experts(answer: Callable[[np.ndarray], float]) -> str:
-    """Check exercise 1: effective experts of one layer's load, counts of shape (E,), by loops."""
+    """Check exercise 1: effective experts of one layer's load, counts of shape (E,), with loops."""
     cases = [[6, 2, 4, 1], [5, 5, 5, 5], [3, 0, 3, 0, 0], [7, 0, 0]]
     for load in cases:
         came, problem = _call(answer, np.array(load), todo="effective experts")

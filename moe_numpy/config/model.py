@@ -16,7 +16,7 @@ WHO = "ModelConfig"
 class ModelConfig:
     """A decoder-only transformer; ``moe=None`` is its dense twin.
 
-    hidden      width of the dense feed-forward; None where every layer is a MoE layer.
+    hidden      width of the dense feed-forward; None where every layer is an MoE layer.
     activation  of the dense feed-forward; None for "gelu_tanh", or where all layers have experts.
     kv_heads    key/value heads shared by groups of query heads; None: as many as query heads.
     head_size   width of a head; None: width / heads.
@@ -118,10 +118,10 @@ class ModelConfig:
             fine = self.moe is not None or came == idle
             rules.require(fine, WHO, f"{name} needs moe", came, "Leave it out.")
         if self.moe_count == self.layers and not self.extra_ffn:
-            rule = "hidden is for dense layers, and every layer is a MoE layer"
+            rule = "hidden is for dense layers, and every layer is an MoE layer"
             fine, advice = self.hidden is None, "Set moe.hidden instead."
             rules.require(fine, WHO, rule, self.hidden, advice)
-            rule = "activation is for dense layers, and every layer is a MoE layer"
+            rule = "activation is for dense layers, and every layer is an MoE layer"
             fine, advice = self.activation is None, "Set moe.activation instead."
             rules.require(fine, WHO, rule, repr(self.activation), advice)
         else:

@@ -1,4 +1,4 @@
-"""The parts that a MoE layer is composed from: noise, selection, capacity, balance, shared expert.
+"""The parts that an MoE layer is composed from: noise, selection, capacity, balance, shared expert.
 
 Each is a small frozen record with its own knobs; what is not wanted is None or left out.
 """

@@ -1,8 +1,8 @@
 """The benchmark: how fast the package trains and writes, alone and against PyTorch.
 
-Every row is a race (`race`) of our side against none or more others. PyTorch's sides live in
-`tests/benchmarks` of a checkout and need the extra `bench`; without them our side runs alone. So do
-our own sides with one step of speed taken back, which tell what each step gained.
+Every row is a race (`race`) of our side against any number of others. PyTorch's sides live in
+`tests/benchmarks` of a checkout and need the extra `bench`; without them our side runs alone. Our
+own sides with one optimization removed, which tell what each one gained, live there too.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def steps_figure(record: dict[str, Any]) -> Figure:
     ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if _inside(t, limits)]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.minorticks_off()
-    ax.set_title("What each step of speed gains, taken back one at a time")
+    ax.set_title("What each optimization gains, removed one at a time")
     ax.legend(fontsize=8)
     figure.supxlabel(machine_line(record), fontsize=7)
     return figure

@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
 
 
 def table(record: dict[str, Any]) -> str:
-    """Write the record as lines of text: a side each, and below a row what was asked beside."""
+    """Write the record as lines of text: one for each side, below each row its further facts."""
     lines = [machine_line(record), f"{'':<46} {'ms':>9} {'ratio to the first (spread)':>30}"]
     for row in record["rows"]:
         lines.append(_title(row) + _busy(row))

@@ -68,7 +68,7 @@ class Study:
         }
 
     def model(self, moe: MoEConfig, vocab_size: int) -> ModelConfig:
-        """Put a MoE layer into every layer of the tiny model."""
+        """Put an MoE layer into every layer of the tiny model."""
         return ModelConfig(
             vocab_size=vocab_size,
             context=self.context,

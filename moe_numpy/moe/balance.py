@@ -17,7 +17,7 @@ from moe_numpy.ops import normal, softmax
 def switch_loss_forward(
     prob_NE: Array, expert_NK: Array, divide: bool = True, group: int | None = None
 ) -> tuple[Array, Cache]:
-    """Multiply what the router wished (P) with what the experts got (f).
+    """Multiply every expert's mean probability (P) by its share of the choices (f).
 
         loss = E sum_e f_e P_e,    f_e = choices of e / (N K),    P_e = mean_n prob[n, e]
 

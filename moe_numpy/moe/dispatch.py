@@ -65,7 +65,7 @@ def combine_forward(y_RC: Array, gate_NK: Array, plan: Plan) -> tuple[Array, Cac
         y[n] = sum_k gate[n, k] * y[slot[n, k]]
 
     Shapes     y_RC (R, C); gate_NK (N, K) -> y_NC (N, C); zero for a token without any place
-    Cache      (y_NKC, gate_NK, plan): 4*N*K*C bytes in float32, the largest of the layer
+    Cache      (y_NKC, gate_NK, plan): 4*N*K*C bytes in float32
     Source     Shazeer et al. 2017, eq. 1; differs: the sum runs over the K chosen experts only
     """
     y_NKC = _fetch(y_RC, plan)  # 1. each choice fetches its row

@@ -80,7 +80,7 @@ def init_experts(
 
 
 def truncated_normal(rng: Generator, std: float, shape: tuple[int, ...]) -> Array:
-    """Draw from a normal, on the host, and what lies beyond two deviations again until none does.
+    """Draw from a normal, on the host; redraw what lies beyond two deviations until none does.
 
     `std` is the deviation before the cut; that of the numbers returned is 0.88 of it.
     """
@@ -221,8 +221,8 @@ def grouped_bias_forward(x_RO: Array, b_EO: Array, offsets: tuple[int, ...]) -> 
 def grouped_bias_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
     """Undo `grouped_bias_forward`: dx = dy, db[e] = sum of dy over the rows of e.
 
-    An expert without rows gets the gradient zero. It may not be among the runs that `reduceat` adds
-    up: of an empty run that returns the row where the run would begin, not zero.
+    An expert without rows gets the gradient zero. It must not be among the runs that `reduceat`
+    adds up: for an empty run, `reduceat` returns the row where the run would begin, not zero.
 
     Shapes     dy_RO (R, O) -> dx_RO (R, O), db_EO (E, O)
     """

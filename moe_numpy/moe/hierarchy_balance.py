@@ -90,9 +90,9 @@ def hierarchical_balance_forward(
         aux = sum over the terms of weight * term
 
     The probabilities are the products of both levels', exp(log_NE); the importance sums products
-    of gates, or of clean probabilities. The z-loss is that of the primary logits plus the mean over
-    the groups of that of the logits within a group. Without noise (scale None) the load is a count
-    and has no gradient.
+    of gates, or of clean probabilities. The z-loss is that of the primary logits plus that of the
+    logits within each group, averaged over the groups. Without noise (scale None) the load is a
+    count and has no gradient.
 
     Shapes     primary with (N, G) arrays, secondary with (N, E); log_NE (N, E); gate_NK (N, K);
                expert_NK, wished_NK (N, K) integers -> aux ()

@@ -2,8 +2,8 @@
 
 Every expert sees every input; what makes them divide the work is the error function. There are
 three of them, and one for classification. All are averaged over the tokens. They take the gate's
-probabilities and the experts' outputs apart: but for the first, each expert is compared with the
-target by itself.
+probabilities and the experts' outputs separately: in all but the first, each expert is compared
+with the target by itself.
 """
 
 from __future__ import annotations

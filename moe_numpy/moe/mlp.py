@@ -1,4 +1,4 @@
-"""The dense feed-forward: what a MoE layer has many of."""
+"""The dense feed-forward: what an MoE layer has many of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a MoE layer did in one forward pass: facts for records and plots, without gradient."""
+"""What an MoE layer did in one forward pass: facts for records and plots, without gradient."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def check_noise(noise: Array, cfg: MoEConfig, tokens: int, width: int) -> None:
 
 
 def split_noise(noise: Array | None, cfg: MoEConfig) -> tuple[Array | None, Array | None]:
-    """Take what `draw_noise` drew apart: the noise of the router, and the second expert's coin."""
+    """Split what `draw_noise` drew: the noise of the router, and the second expert's coin."""
     if noise is None or not _draws_second(cfg):
         return noise, None
     return (None if cfg.noise is None else noise[:, :-1]), noise[:, -1]

@@ -40,7 +40,7 @@ def expert_choice(prob_NE: Array, places: int) -> tuple[Array, Array]:
 
     A token gets any number of experts. K is the largest number that a token got, and at least 1;
     a row of the answer is padded with experts that did not choose the token and are not accepted.
-    Of K the host must know: one crossing.
+    The host must know K: one crossing.
 
     Shapes     prob_NE (N, E); places may exceed N: then every expert takes all tokens
                -> expert_NK (N, K) integers, all different in a row, those that chose the token

@@ -1,4 +1,4 @@
-"""The shared expert: an MLP beside the others that every token takes."""
+"""The shared expert: an MLP that every token takes, beside the routed experts."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def cluster_task(
     Returns
     -------
     ClusterTask
-        Within each cluster every target value has mean 0 and variance 1, to about 1 %.
+        Within each cluster every target value has mean 0 and variance 1, to about 1%.
 
     Raises
     ------

@@ -27,9 +27,9 @@ class NormParams(NamedTuple):
 
 
 class BlockParams(NamedTuple):
-    """The parameters of one layer; `feed` is a dense MLP or a MoE layer.
+    """The parameters of one layer; `feed` is a dense MLP or an MoE layer.
 
-    Optional: the norms after the branches (sandwich), and the extra MLP of a MoE layer (extra_ffn).
+    Optional: the norms after the branches (sandwich); the extra MLP of an MoE layer (extra_ffn).
     """
 
     norm_1: NormParams

@@ -1,7 +1,7 @@
 """One token through the model: what generation does for all tokens but those of a long prompt.
 
 For a single token everything but the matrices is short, and the calls cost more than the
-arithmetic. This is `model_forward` with as few of them as it takes, in less than two thirds of its
+arithmetic. This is `model_forward` with as few calls as possible, in less than two thirds of its
 time, for the models that `supports` names. Most of what is left goes to the matrices: one token
 reads them from memory and uses each number once (which is why `init_model` and `load_model` lay the
 parameters out in one block).
@@ -10,7 +10,7 @@ Left out is what one token does not need: no mask (nothing is in its future), no
 choice waits for a place), no noise, limit, balance term or report (generation has none), and no
 cache (there is no backward). `x.dot(w)` is `x @ w` with less to decide before it starts.
 
-The plain pairs stay the judge: the tests hold logits, tokens and the gain against them.
+The plain pairs remain the reference: the tests check logits, tokens and the gain against them.
 """
 
 from __future__ import annotations

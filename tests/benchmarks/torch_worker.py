@@ -78,7 +78,7 @@ def new_optimizer(model, training, fused):
 
 
 def layer_work(spec):
-    """Run a MoE layer alone, forward and backward."""
+    """Run an MoE layer alone, forward and backward."""
     model = EXPERTS[spec["variant"]](spec["width"], spec["moe"])
     ties = model.ties()
     x, dy = torch.empty(0), torch.empty(0)
