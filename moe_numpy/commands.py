@@ -109,7 +109,7 @@ def train(options: argparse.Namespace) -> int:
         folder = Path(options.resume)
         run = settings.resume(folder / "checkpoint.npz", given)
     else:
-        if options.out is not None:
+        if options.out:
             folder = Path(options.out)
             if (folder / "checkpoint.npz").exists():
                 raise ValueError(

@@ -94,9 +94,14 @@ def in_one_block(arrays: Tree, memory: Callable[[int], Any]) -> Tree:
     large pages, and the processor then looks up less often where a page lies.
     """
     copies = room(arrays, memory)
-    for copy, array in zip(leaves(copies), leaves(arrays), strict=True):
-        copy[...] = array
+    fill(copies, arrays)
     return copies
+
+
+def fill(tree: Tree, arrays: Tree) -> None:
+    """Copy `arrays` into those of `tree`, in place."""
+    for place, array in zip(leaves(tree), leaves(arrays), strict=True):
+        place[...] = array
 
 
 def size(tree: Tree) -> int:

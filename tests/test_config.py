@@ -6,9 +6,12 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
 from moe_numpy import config as c
+from moe_numpy import tree
+from moe_numpy.transformer import model
 
 
 def moe(**changes):
@@ -243,3 +246,49 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine():
 def test_limits_that_are_just_reached_are_fine():
     assert moe(balance=(c.SwitchLoss(counted=4),)).balance[0].counted == 4
     assert c.Capacity(factor=1.0, minimum=5, multiple=4).places(8, 1, 8) == 8
+
+
+NUMBERS = [
+    (c.LearnedNoise, "floor", 0.5),
+    (c.GaussianNoise, "std", 0.5),
+    (c.InputJitter, "eps", 0.5),
+    (c.SecondExpert, "threshold", 0.5),
+    (c.Sinkhorn, "tolerance", 0.5),
+    (c.Sinkhorn, "most", 5),
+    (c.Capacity, "factor", 1.5),
+    (c.SwitchLoss, "weight", 0.5),
+    (c.ImportanceLoss, "weight", 0.5),
+    (c.LoadLoss, "weight", 0.5),
+    (c.ZLoss, "weight", 0.5),
+    (c.SoftSlots, "slots", 2),
+    (c.AdamW, "beta2", 0.5),
+    (c.SGD, "momentum", 0.5),
+    (c.TrainingConfig, "rate", 0.5),
+    (c.TrainingConfig, "clip", 0.5),
+    (moe, "bias_rate", 0.5),
+    (moe, "hidden", 4),
+    (lm, "logit_scale", 0.5),
+    (lm, "logit_cap", 30.0),
+    (lm, "layers", 2),
+]
+
+
+@pytest.mark.parametrize(("build", "name", "value"), NUMBERS)
+def test_numbers_of_numpy_become_plain_ones(build, name, value):
+    wanted = build(**{name: value})
+    for kind in (np.float32, np.float64) if isinstance(value, float) else (np.int64, np.uint8):
+        found = build(**{name: kind(value)})
+        assert type(getattr(found, name)) is type(value) and found == wanted
+        assert json.dumps(c.to_dict(found)) == json.dumps(c.to_dict(wanted))
+
+
+@pytest.mark.parametrize("term", [c.SwitchLoss, c.ImportanceLoss, c.LoadLoss, c.ZLoss])
+def test_a_weight_of_numpy_keeps_float32(term):
+    noise = c.LearnedNoise() if term is c.LoadLoss else None
+    cfg = lm(moe=moe(balance=(term(weight=np.float64(0.01)),), noise=noise), hidden=None)
+    params = model.init_model(np.random.default_rng(0), cfg)
+    token = np.array([[1, 2, 3]])
+    drawn = model.draw_noise(np.random.default_rng(1), cfg, token.size)
+    loss, _, cache = model.loss_forward(token, token, params, cfg, drawn)
+    grads = model.loss_backward(np.float32(1.0), cache)
+    assert {array.dtype for array in (loss, *tree.leaves(grads))} == {np.dtype("float32")}

@@ -71,6 +71,7 @@ class ModelConfig:
     recompute: bool = False
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         for name in ("vocab_size", "context", "layers", "width", "heads"):
             rules.whole_number(WHO, name, getattr(self, name), 1)
         if self.head_size is None:

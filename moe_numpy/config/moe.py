@@ -89,6 +89,7 @@ class MoEConfig:
     same_start: bool = False
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         for name in ("num_experts", "top_k", "hidden"):
             rules.whole_number(WHO, name, getattr(self, name), 1)
         rules.require(

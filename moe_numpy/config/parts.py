@@ -22,6 +22,7 @@ class LearnedNoise:
     floor: float = 0.01
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.positive("LearnedNoise", "floor", self.floor, "Use 0.01.")
 
 
@@ -32,6 +33,7 @@ class GaussianNoise:
     std: float = 1.0
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.positive("GaussianNoise", "std", self.std, "Or noise=None.")
 
 
@@ -45,6 +47,7 @@ class InputJitter:
     eps: float = 0.01
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rule = "eps must satisfy 0 < eps < 1"
         rules.require(0 < self.eps < 1, "InputJitter", rule, self.eps, "Or noise=None.")
 
@@ -66,6 +69,7 @@ class SecondExpert:
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         who, rule = "SecondExpert", "threshold must satisfy 0 < threshold < 1"
         rules.one_of(who, "policy", self.policy, ("random", "threshold"))
         fine = 0 < self.threshold < 1
@@ -86,6 +90,7 @@ class GroupLimited:
     score: str = "top2"
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         who = "GroupLimited"
         rules.whole_number(who, "groups", self.groups, 2)
         rules.whole_number(who, "kept", self.kept, 1)
@@ -108,6 +113,7 @@ class Hierarchy:
     kept: int = 2
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         who = "Hierarchy"
         rules.whole_number(who, "groups", self.groups, 2)
         rules.whole_number(who, "kept", self.kept, 1)
@@ -129,6 +135,7 @@ class Sinkhorn:
     most: int = 100
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.positive("Sinkhorn", "tolerance", self.tolerance, "Use 1e-4.")
         rules.whole_number("Sinkhorn", "most", self.most, 1)
 
@@ -167,6 +174,7 @@ class SoftSlots:
     slots: int = 1
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.whole_number("SoftSlots", "slots", self.slots, 1)
 
 
@@ -211,6 +219,7 @@ class Capacity:
     group: int | None = None
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         who, advice = "Capacity", "Use 1.25, or capacity=None for no limit."
         rules.positive(who, "factor", self.factor, advice)
         rules.one_of(who, "overflow", self.overflow, ("drop", "next_best"))
@@ -252,6 +261,7 @@ class SwitchLoss:
     group: int | None = None
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.positive_weight(self)
         rules.instance("SwitchLoss", "divide", self.divide, (bool,))
         for name in ("counted", "group"):
@@ -272,6 +282,7 @@ class ImportanceLoss:
     of: str = "gates"
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.positive_weight(self)
         rules.one_of("ImportanceLoss", "of", self.of, ("gates", "probabilities"))
 
@@ -283,6 +294,7 @@ class LoadLoss:
     weight: float = 0.1
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.positive_weight(self)
 
 
@@ -293,6 +305,7 @@ class ZLoss:
     weight: float = 0.001
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.positive_weight(self)
 
 
@@ -314,5 +327,6 @@ class Shared:
     gated: bool = False
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.whole_number("Shared", "hidden", self.hidden, 1)
         rules.instance("Shared", "gated", self.gated, (bool,))

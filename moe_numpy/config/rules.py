@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from numbers import Real
 from typing import Any
@@ -11,6 +12,17 @@ def require(fine: bool, who: str, rule: str, came: Any, advice: str) -> None:
     """Refuse with who, which rule, what came and what to do."""
     if not fine:
         raise ValueError(f"{who}: {rule}, got {came}. {advice}".rstrip())
+
+
+def plain_numbers(config: Any) -> None:
+    """Turn NumPy's numbers among the fields into Python's own.
+
+    One of float64 would make what it meets float64, and none can be written as JSON.
+    """
+    for field in dataclasses.fields(config):
+        came = getattr(config, field.name)
+        if isinstance(came, Real) and hasattr(came, "item"):
+            object.__setattr__(config, field.name, came.item())  # the fields are frozen
 
 
 def one_of(who: str, name: str, came: Any, allowed: tuple) -> None:

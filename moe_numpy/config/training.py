@@ -27,6 +27,7 @@ class AdamW:
     skip_idle: bool = False
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         for name in ("beta1", "beta2"):
             rules.share("AdamW", name, getattr(self, name))
         rules.positive("AdamW", "eps", self.eps, "Use 1e-8.")
@@ -42,6 +43,7 @@ class SGD:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         rules.share("SGD", "momentum", self.momentum)
         rules.not_negative("SGD", "weight_decay", self.weight_decay)
 
@@ -70,6 +72,7 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        rules.plain_numbers(self)
         who = "TrainingConfig"
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
             rules.whole_number(who, name, getattr(self, name), least)

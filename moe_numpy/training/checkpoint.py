@@ -31,8 +31,10 @@ def save_checkpoint(path: str | Path, trees: dict[str, tree.Tree], meta: dict[st
     files.write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read a checkpoint: its arrays by dotted name, and its JSON data.
+def load_checkpoint(
+    path: str | Path, only: str = ""
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read a checkpoint: its arrays by dotted name, if it begins with `only`, and its JSON data.
 
     Raises
     ------
@@ -41,8 +43,9 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, 
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        meta = json.loads(arrays.pop("meta").tobytes())
+            arrays = {name: archive[name] for name in archive.files if name.startswith(only)}
+            meta = json.loads(archive["meta"].tobytes())
+        arrays.pop("meta", None)
     except FileNotFoundError:
         raise ValueError(
             f"load_checkpoint: {path} must be a checkpoint, got no such file. Check the path."

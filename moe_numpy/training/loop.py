@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_numpy import config, machine, progress, tree
-from moe_numpy.backend import memory, to_device, to_host_together
+from moe_numpy.backend import to_device, to_host_together
 from moe_numpy.config import ModelConfig, TrainingConfig, rules
 from moe_numpy.moe import balance
 from moe_numpy.training import checkpoint, data, optimizer, shards, team
@@ -251,8 +251,9 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
             )
         cfg, training = config.from_dict(meta["config"]), config.from_dict(meta["training"])
         run = new_run(corpus, cfg, training, meta["dtype"])
-        run.params = checkpoint.restore(run.params, arrays, "params")
-        run.state = checkpoint.restore(run.state, arrays, "state")
+        for name in ("params", "state"):
+            like = getattr(run, name)
+            tree.fill(like, checkpoint.restore(like, arrays, name))
         run.series = Series(*(arrays[f"series.{name}"] for name in Series._fields))
         run.data_rng.bit_generator.state = meta["data_rng"]
         run.noise_rng.bit_generator.state = meta["noise_rng"]
@@ -270,15 +271,15 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
 
 def load_model(path: str | Path) -> tuple[model.ModelParams, ModelConfig, str]:
     """Read the parameters, the configuration and the alphabet of a checkpoint."""
-    arrays, meta = checkpoint.load_checkpoint(path)
+    arrays, meta = checkpoint.load_checkpoint(path, only="params.")
     with checkpoint.whole("load_model", path):
         cfg, alphabet = config.from_dict(meta["config"]), str(meta["alphabet"])
         rule = f"the alphabet must have {cfg.vocab_size} characters"
         fine = len(alphabet) == cfg.vocab_size
         rules.require(fine, "load_model", rule, len(alphabet), "Use an older copy.")
-        like = model.init_model(np.random.default_rng(0), cfg, meta["dtype"])
-        params = checkpoint.restore(like, arrays, "params")
-    return tree.in_one_block(params, memory), cfg, alphabet
+        params = model.init_model(np.random.default_rng(0), cfg, meta["dtype"])
+        tree.fill(params, checkpoint.restore(params, arrays, "params"))
+    return params, cfg, alphabet
 
 
 def take_step(run: Run, crew: team.Team | None = None) -> None:
