@@ -15,7 +15,8 @@ _HOMES = {
     "moe_numpy.backend": ("use_backend", "to_device", "to_host"),
     "moe_numpy.config": (
         "ModelConfig MoEConfig Capacity LearnedNoise GaussianNoise InputJitter SwitchLoss "
-        "ImportanceLoss LoadLoss ZLoss TrainingConfig AdamW SGD"
+        "ImportanceLoss LoadLoss ZLoss SecondExpert GroupLimited Hierarchy Sinkhorn Assignment "
+        "ExpertChoice SoftSlots Shared TrainingConfig AdamW SGD"
     ).split(),
     "moe_numpy.moe.layer": ("init_moe", "moe_forward", "moe_backward"),
     "moe_numpy.transformer.model": (
@@ -23,7 +24,7 @@ _HOMES = {
     ).split(),
     "moe_numpy.transformer.generation": ("generate",),
     "moe_numpy.training.data": ("default_corpus", "text_corpus"),
-    "moe_numpy.training.loop": ("new_run", "train", "evaluate"),
+    "moe_numpy.training.loop": ("new_run train evaluate save_run load_run load_model").split(),
     "moe_numpy.classroom.registry": ("swap",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

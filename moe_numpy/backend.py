@@ -47,7 +47,11 @@ def use_backend(name: str) -> Iterator[types.ModuleType]:
 
 
 def memory(size: int) -> Array:
-    """Allocate so many bytes, as an array of them; they hold anything."""
+    """Allocate so many bytes, as an array of them; they hold anything.
+
+    For 4 MiB or more NumPy asks Linux for large pages: a processor that reads weights again and
+    again then looks up less often where a page lies.
+    """
     return xp.empty(size, "uint8")
 
 

@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
 def collapse(options: argparse.Namespace) -> int:
     """Train the same model with and without cures against collapse, and draw what happened."""
     from moe_numpy.lab import collapse as study_module
-    from moe_numpy.lab import plots
 
     if options.settings:
         return _collapse_settings(options)
@@ -70,8 +69,7 @@ def collapse(options: argparse.Namespace) -> int:
         f"{', '.join(conditions)}.",
     )
     record = study_module.run_study(study, options.processes, options.backend)
-    files.write_json(Path(folder, "collapse.json"), record)
-    plots.save(plots.collapse_figure(record), Path(folder, "collapse.png"))
+    _keep(record, Path(folder, "collapse.json"))
     if options.json:
         print(json.dumps(record))
         return 0
@@ -82,21 +80,19 @@ def collapse(options: argparse.Namespace) -> int:
 
 
 def _collapse_settings(options: argparse.Namespace) -> int:
-    from moe_numpy.lab import plots, rich_get_richer
+    from moe_numpy.lab import rich_get_richer
 
     folder = options.out or "figures"
     files.require_folder(folder)
     record = rich_get_richer.run_settings(show_progress=True)
-    files.write_json(Path(folder, "collapse_settings.json"), record)
-    picture = Path(folder, "collapse_settings.png")
-    plots.save(plots.draw(record, picture), picture)
+    _keep(record, Path(folder, "collapse_settings.json"))
     print(json.dumps(record) if options.json else rich_get_richer.table(record))
     return 0
 
 
 def train(options: argparse.Namespace) -> int:
     """Train a language model, or go on with a run that was stopped."""
-    from moe_numpy.lab import plots, records
+    from moe_numpy.lab import records
     from moe_numpy.training import loop, team
 
     given, folder = settings.given(options), None
@@ -143,8 +139,7 @@ def train(options: argparse.Namespace) -> int:
         )
         return 130
     record = records.training_record(run, references, time.perf_counter() - started)
-    files.write_json(folder / "training.json", record)
-    plots.save(plots.training_figure(record), folder / "training.png")
+    _keep(record, folder / "training.json")
     if options.json:
         print(json.dumps(record | {"checkpoint": str(folder / "checkpoint.npz")}))
         return 0
@@ -217,7 +212,6 @@ def check(options: argparse.Namespace) -> int:
 def parity(options: argparse.Namespace) -> int:
     """Run the same training on NumPy and on a GPU, compare the losses and time a step by width."""
     from moe_numpy.lab import parity as study_module
-    from moe_numpy.lab import plots
 
     try:
         with backend.use_backend(backend.GPU):
@@ -227,8 +221,7 @@ def parity(options: argparse.Namespace) -> int:
         return 0
     files.require_folder(options.out)
     record = study_module.run_parity(options.steps)
-    files.write_json(Path(options.out, "parity.json"), record)
-    plots.save(plots.parity_figure(record), Path(options.out, "parity.png"))
+    _keep(record, Path(options.out, "parity.json"))
     for dtype, found in record["losses"].items():
         verdict = "PASS" if found["passed"] else "FAIL"
         print(f"{dtype}  {verdict}  {found['difference']:.1e} (limit {found['limit']:.0e})")
@@ -238,7 +231,6 @@ def parity(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     """Measure how fast this machine trains and writes, alone and against PyTorch."""
     from moe_numpy.lab import bench as study_module
-    from moe_numpy.lab import plots
 
     alone = study_module.why_alone()
     part = options.quick or options.only
@@ -253,8 +245,7 @@ def bench(options: argparse.Namespace) -> int:
     )
     for name, found in study_module.records(record).items():
         path = Path(folder, f"{name}.json")
-        files.write_json(path, found)
-        plots.save(plots.draw(found, path), path.with_suffix(".png"))
+        _keep(found, path)
         if not options.json:
             print(study_module.text(found))
     if options.json:
@@ -316,17 +307,13 @@ def systems(options: argparse.Namespace) -> int:
 
 
 def _train_systems(options: argparse.Namespace) -> int:
-    from moe_numpy.lab import plots
     from moe_numpy.lab import systems as study_module
 
     names = () if options.name is None else (options.name,)
     study = study_module.Study(names=names, seeds=tuple(range(options.seeds)))
     files.require_folder(options.out)
     record = study_module.run_systems(study)
-    files.write_json(Path(options.out, "systems.json"), record)
-    plots.save(
-        plots.draw(record, Path(options.out, "systems.png")), Path(options.out, "systems.png")
-    )
+    _keep(record, Path(options.out, "systems.json"))
     print(json.dumps(record) if options.json else study_module.table(record))
     return 0
 
@@ -474,6 +461,14 @@ def _positive(text: str) -> int:
 def _require_seed(seed: int) -> None:
     if seed < 0:
         raise ValueError(f"--seed must not be negative, got {seed}. Use 0.")
+
+
+def _keep(record: dict[str, Any], path: Path) -> None:
+    """Write a record, and draw its picture beside it."""
+    from moe_numpy.lab import plots
+
+    files.write_json(path, record)
+    plots.save(plots.draw(record, path), path.with_suffix(".png"))
 
 
 def _say(options: argparse.Namespace, text: str) -> None:

@@ -68,11 +68,7 @@ OPTIONS = {
             ("drop", "next_best", "none"), None, "what happens to choices beyond the capacity"
         ),
         "priority": Option(("token", "choice", "score"), None, "who is served first"),
-        "balance": Option(
-            "balance",
-            "switch=0.01",
-            "terms as NAME=WEIGHT,..., or none",
-        ),
+        "balance": Option(str, "switch=0.01", "terms as NAME=WEIGHT,..., or none"),
         "bias-rate": Option(float, 0.0, "step of the bias rule, which balances without a loss"),
     },
     "training": {
@@ -125,9 +121,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             if isinstance(option.kind, tuple):
                 section.add_argument(f"--{name}", choices=option.kind, **common)
             else:
-                kind = str if option.kind == "balance" else option.kind
-                metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-                section.add_argument(f"--{name}", type=kind, metavar=metavar, **common)
+                metavar = {int: "N", float: "X", str: "TEXT"}[option.kind]
+                section.add_argument(f"--{name}", type=option.kind, metavar=metavar, **common)
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:

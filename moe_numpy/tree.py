@@ -88,11 +88,7 @@ def room(like: Tree, memory: Callable[[int], Any]) -> Tree:
 
 
 def in_one_block(arrays: Tree, memory: Callable[[int], Any]) -> Tree:
-    """Copy all arrays into one block of `memory`.
-
-    For weights that are read again and again: of a block of 4 MiB or more NumPy asks Linux to make
-    large pages, and the processor then looks up less often where a page lies.
-    """
+    """Copy all arrays into one block of `memory`."""
     copies = room(arrays, memory)
     fill(copies, arrays)
     return copies

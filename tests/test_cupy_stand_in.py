@@ -301,6 +301,16 @@ def test_generation_gives_the_tokens_of_numpy_and_looks_at_each_once(name, knobs
     assert len([c for c in crossings if not c.hidden]) == count * (1 + cfg.moe_count)
 
 
+def test_a_prompt_on_the_device_is_looked_at_once_and_refused_as_one_on_the_host():
+    cfg = MODELS["experts without limits"]
+    params = loop.model.init_model(np.random.default_rng(3), cfg)
+    with strict_cupy.device() as crossings:
+        params = tree.map(to_device, params)
+        with pytest.raises(ValueError, match=r"tokens must be from 0 to .* got -1 to 2"):
+            generation.generate(to_device(np.array([-1, 2])), params, cfg, 1)
+    assert len(crossings) == 1
+
+
 # ----------------------------------------------------------------------------- waits for the device
 def waits(crossings, hidden):
     return collections.Counter((c.what, c.function) for c in crossings if c.hidden == hidden)

@@ -224,6 +224,21 @@ def test_a_swapped_function_is_used_here_too():
     assert off(found_TV, wanted_TV).max() < 1e-10 < off(before, wanted_TV).max()
 
 
+@pytest.mark.parametrize(
+    "name", ["attention_forward", "moe_forward", "softmax_forward", "rotary_forward", "top_k"]
+)
+def test_generation_uses_whatever_is_swapped(name):
+    def refuse(*_):
+        raise LookupError(name)
+
+    cfg = config(MoEConfig(**EXPERTS), **LLAMA)
+    tokens = lambda: list(generation.generate([1, 2], draw(cfg), cfg, 3, rng=0))  # noqa: E731
+    before = tokens()
+    with registry.swap(name, refuse), pytest.raises(LookupError, match=name):
+        tokens()
+    assert decode.supports(cfg) and tokens() == before
+
+
 # ------------------------------------------------------------------------------------------- gain
 def test_it_is_kept_because_it_gains(monkeypatch):
     """The house asks for a gain of 1.15; the file promises two thirds of the plain path's time."""

@@ -20,8 +20,6 @@ SOURCES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
 MATHEMATICS = ("ops", "moe", "transformer")
-ROOM_OF = {name: name.split(".")[1] if "." in name else "" for name in SOURCES}
-CALCULUS = {name: TREES[name] for name in SOURCES if ROOM_OF[name] in MATHEMATICS}
 
 # A file imports from its own room and from those named here.
 GROUND = {"backend", "config", "tree", "files", "progress", "machine"}
@@ -33,7 +31,6 @@ ROOMS = {
     "training": GROUND | {"ops", "moe", "transformer"},
     "lab": GROUND | {"ops", "moe", "transformer", "training", "presets"},
     "classroom": GROUND | {"ops", "moe", "transformer"},
-    "interop": GROUND | {"ops", "moe", "transformer", "training"},
     "ledger": {"config"},
     "presets": {"config", "ledger"},
     "systems": {"config", "ledger", "presets"},
@@ -56,6 +53,9 @@ def imports(parsed):
 
 def room(name):
     return name.split(".")[1] if "." in name else ""
+
+
+CALCULUS = {name: TREES[name] for name in SOURCES if room(name) in MATHEMATICS}
 
 
 def docstring(node):

@@ -18,6 +18,7 @@ from moe_numpy.config import (
     LearnedNoise,
     LoadLoss,
     MoEConfig,
+    SoftSlots,
     SwitchLoss,
     ZLoss,
 )
@@ -450,6 +451,10 @@ def test_noise_for_a_layer_that_has_none_is_refused():
     x_NC, params, _ = draw(0, config())
     with pytest.raises(ValueError, match="noise came for a layer with noise=None"):
         layer.moe_forward(x_NC, params, config(), np.zeros((N, E)))
+    soft = MoEConfig(num_experts=E, top_k=E, hidden=F, selection=SoftSlots())
+    params = layer.init_moe(np.random.default_rng(0), soft, C, "float64")
+    with pytest.raises(ValueError, match=r"noise came .* of shape \(3, 99\)"):
+        layer.moe_forward(x_NC, params, soft, np.zeros((3, 99)))
 
 
 def test_the_noise_scale_learns_with_noise_and_rests_without():

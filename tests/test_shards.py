@@ -330,3 +330,10 @@ def test_training_keeps_memory_and_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(machine, "keep_memory", lambda: asked.append(True))
     assert tiny.same_run(tiny.trained(), kept)
     assert asked == [True]
+
+
+@pytest.mark.parametrize("parts", [4, 7])
+def test_a_batch_that_cannot_be_cut_into_equal_shards_is_refused(parts):
+    token_BT, target_BT, params, cfg, noise = drawn(tiny.model(tiny.moe()))
+    with pytest.raises(ValueError, match=rf"multiple of the shards \({parts}\), got {B} sequences"):
+        shards.gradients(token_BT, target_BT, params, cfg, noise, shards=parts)

@@ -243,3 +243,13 @@ def test_other_systems_are_refused(monkeypatch):
     monkeypatch.setattr(team, "few_launches", lambda: True)
     with pytest.raises(ValueError, match="on Linux, got a run on the GPU"):
         team.require_possible(2, 2)
+
+
+def test_a_team_of_one_and_impossible_numbers_are_refused_before_anything_is_written(tmp_path):
+    run = tiny.run(tiny.moe(), shards=2)
+    with pytest.raises(ValueError, match="team: processes must be a whole number of at least 2"):
+        team.Team(run.params, run.state, 2, 1)
+    for processes, words in ((0, "train: processes must"), (3, r"at most the shards .* got 3")):
+        with pytest.raises(ValueError, match=words):
+            loop.train(run, tmp_path / "run.npz", show_progress=False, processes=processes)
+    assert not (tmp_path / "run.npz").exists()

@@ -15,7 +15,7 @@ from numpy.random import Generator
 
 from moe_numpy.classroom import cases_routing, cases_systems, cases_transformer
 from moe_numpy.classroom.cases_routing import moe_config, plan_with_drops
-from moe_numpy.classroom.gradcheck import Case
+from moe_numpy.classroom.contract import Case
 from moe_numpy.classroom.sizes import B, C, E, F, K, N, V, chosen, generic
 from moe_numpy.config import (
     ACTIVATIONS,

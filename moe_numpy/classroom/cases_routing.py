@@ -211,32 +211,28 @@ ROUTES = {  # whose experts are nothing new: checked without them
 LAYER_TOO = {"learned noise, all terms, drops"}
 
 
-def _cases(part: Callable) -> Callable[[Generator], list[Case]]:
-    """Build the cases of the layer, or of its routing by tokens alone (`part` picks parameters)."""
-    prefix = "params.router" if part is _whole else "params"
+def _cases(whole: bool) -> Callable[[Generator], list[Case]]:
+    """Build the cases of the whole layer, or of its routing by tokens alone."""
+    prefix = "params.router" if whole else "params"
+    here = (LAYERS.keys() - ROUTES) | LAYER_TOO if whole else ROUTES
 
     def build(rng: Generator) -> list[Case]:
         found = []
         for name, changes in LAYERS.items():
             cfg = moe_config(**changes)
-            whole = name not in ROUTES or name in LAYER_TOO
-            if not (whole if part is _whole else name in ROUTES):
+            if name not in here:
                 continue
             params = generic(rng, layer.init_moe(rng, cfg, C, "float64"))
             noise = router.draw_noise(rng, cfg, N, C, "float64")
             zero = {f"{prefix}.bias_E"} if cfg.bias_rate else set()
             if name == "renormalized top-1":  # its gates are all 1
                 zero.add(f"{prefix}.w_CE")
-            args = (rng.normal(size=(N, C)), part(params), cfg, noise)
+            args = (rng.normal(size=(N, C)), params if whole else params.router, cfg, noise)
             constant = frozenset({"noise"} if noise is not None else ())
             found.append(Case(name, args, zero=frozenset(zero), constant=constant))
         return found
 
     return build
-
-
-def _whole(params: layer.MoEParams) -> layer.MoEParams:
-    return params
 
 
 CASES: dict[str, Callable[[Generator], list[Case]]] = {
@@ -249,6 +245,6 @@ CASES: dict[str, Callable[[Generator], list[Case]]] = {
     "switch_loss": _switch_loss,
     "balance": _balance,
     "gated_dispatch": _gated_dispatch,
-    "route": _cases(lambda params: params.router),
-    "moe": _cases(_whole),
+    "route": _cases(whole=False),
+    "moe": _cases(whole=True),
 }

@@ -9,7 +9,6 @@ contract: pure, deterministic, gradients of the type, shape and dtype of the arg
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
 import zlib
@@ -20,6 +19,7 @@ import numpy as np
 
 from moe_numpy import backend
 from moe_numpy.classroom import contract, registry, slopes
+from moe_numpy.classroom.cases import CASES
 from moe_numpy.classroom.contract import Case, CaseResult
 
 
@@ -52,8 +52,7 @@ def check_all(
 
     Raises     ValueError if a name is neither a pair nor a case
     """
-    if cases is None:
-        cases = importlib.import_module("moe_numpy.classroom.cases").CASES
+    cases = CASES if cases is None else cases
     found = registry.pairs()
     known = sorted({*found, *cases})
     results = []
@@ -169,7 +168,7 @@ def _gap(pair: registry.Pair | None, name: str, cases: Iterable[str]) -> str | N
         if getattr(pair, half) is None:
             return f"{name}_{other} has no partner. Write {name}_{half} beside it."
     if name not in cases:
-        return f"the pair has no case. Add CASES[{name!r}] in classroom/cases.py."
+        return f"the pair has no case. Add CASES[{name!r}] in classroom/cases*.py."
     for fn in (pair.forward, pair.backward):
         if not inspect.getdoc(fn):
             return f"{fn.__name__} has no docstring. Write one, with shapes and source."

@@ -20,6 +20,8 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
+from moe_numpy.transformer import decode
+
 PACKAGES = ("moe_numpy.ops", "moe_numpy.moe", "moe_numpy.transformer")
 FORWARD, BACKWARD = "_forward", "_backward"
 
@@ -90,12 +92,14 @@ def swap(name: str, fn: Callable) -> Iterator[Callable]:
         raise ValueError(
             f"swap: a function must have one home, {name!r} is defined in {places}. Rename one."
         )
-    before = getattr(module, name)
+    before, supports = getattr(module, name), decode.supports
+    decode.supports = lambda cfg: False  # generation takes the plain path, which looks all up
     setattr(module, name, fn)
     try:
         yield fn
     finally:
         setattr(module, name, before)
+        decode.supports = supports
 
 
 def unknown(who: str, kind: str, name: str, known: Iterable[str]) -> str:

@@ -48,8 +48,7 @@ class InputJitter:
 
     def __post_init__(self) -> None:
         rules.plain_numbers(self)
-        rule = "eps must satisfy 0 < eps < 1"
-        rules.require(0 < self.eps < 1, "InputJitter", rule, self.eps, "Or noise=None.")
+        rules.fraction("InputJitter", "eps", self.eps, "Or noise=None.")
 
 
 # --------------------------------------------------------------------------------------- selection
@@ -70,10 +69,9 @@ class SecondExpert:
 
     def __post_init__(self) -> None:
         rules.plain_numbers(self)
-        who, rule = "SecondExpert", "threshold must satisfy 0 < threshold < 1"
+        who, advice = "SecondExpert", "Or selection=None: plain top-2."
         rules.one_of(who, "policy", self.policy, ("random", "threshold"))
-        fine = 0 < self.threshold < 1
-        rules.require(fine, who, rule, self.threshold, "Or selection=None: plain top-2.")
+        rules.fraction(who, "threshold", self.threshold, advice)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

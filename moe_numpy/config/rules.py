@@ -61,6 +61,12 @@ def share(who: str, name: str, came: Any, advice: str = "") -> None:
     require(fine, who, f"{name} must satisfy 0 <= {name} < 1", repr(came), advice)
 
 
+def fraction(who: str, name: str, came: Any, advice: str) -> None:
+    """Refuse what is not between 0 and 1."""
+    fine = _is_number(came) and 0 < came < 1
+    require(fine, who, f"{name} must satisfy 0 < {name} < 1", repr(came), advice)
+
+
 def positive_weight(term: Any) -> None:
     """Refuse a balance term without a weight that counts."""
     positive(type(term).__name__, "weight", term.weight, "Leave the term out instead.")

@@ -129,7 +129,7 @@ def gradients(batch: Batch, moe: MoEConfig, term: str) -> layer.MoEParams:
 
 def importance_gradients(batch: Batch, moe: MoEConfig) -> router.RouterParams:
     """Send the importance backward through renormalized gates, from the pairs themselves."""
-    clean_NE, noisy_NE, scale_NE, router_cache = router.router_forward(
+    _, noisy_NE, _, router_cache = router.router_forward(
         batch.x_NC, batch.params.router, moe, batch.noise_NE
     )
     expert_NK = router.top_k(noisy_NE, moe.top_k)
@@ -139,8 +139,7 @@ def importance_gradients(batch: Batch, moe: MoEConfig) -> router.RouterParams:
     dimportance_E = balance.cv_squared_backward(np.float64(1.0), cv_cache)
     dgate_NK = balance.importance_backward(dimportance_E, sum_cache)
     dnoisy_NE = router.renormalized_gate_backward(dgate_NK, gate_cache)
-    nothing = np.zeros_like(clean_NE)
-    return router.router_backward(nothing, dnoisy_NE, np.zeros_like(scale_NE), router_cache)[1]
+    return router.router_backward(None, dnoisy_NE, None, router_cache)[1]
 
 
 def norms(grads: layer.MoEParams) -> list[float]:

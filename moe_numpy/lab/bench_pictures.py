@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from moe_numpy.lab.bench_report import gain, labels, machine_line
+from moe_numpy.lab.bench_report import gain, labels, machine_line, row_names
 from moe_numpy.lab.plots import BAD, COLORS, GOOD, NEUTRAL
 
 
@@ -150,13 +150,13 @@ def steps_figure(record: dict[str, Any]) -> Figure:
     steps = labels(rows)
     figure = Figure(figsize=(10, 1.6 + 0.65 * len(steps)), layout="constrained", dpi=110)
     ax = figure.subplots()
-    places = {i: _places(rows, steps, i) for i in range(len(rows))}
+    places, names = _places(rows, steps), row_names(record)
     for i, row in enumerate(rows):
         found = [gain(row, step) for step in places[i]]
         medians = np.array([ratio["median"] for ratio in found])
         ends = np.array([[ratio["low"], ratio["high"]] for ratio in found]).T
         reach = np.abs(ends - medians)
-        style = {"height": 0.18, "color": COLORS[i], "ecolor": NEUTRAL, "label": row["name"]}
+        style = {"height": 0.18, "color": COLORS[i], "ecolor": NEUTRAL, "label": names[i]}
         ax.barh(list(places[i].values()), medians - 1, left=1, xerr=reach, **style)
         for y, median, end in zip(places[i].values(), medians, ends[1], strict=True):
             ax.text(max(end, 1.0), y, f" {median:.2f}", va="center", fontsize=8)
@@ -177,13 +177,13 @@ def steps_figure(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def _places(rows: list[dict[str, Any]], steps: dict[str, str], i: int) -> dict[str, float]:
-    """Say for every step that concerns row `i` how high its bar lies: around the step's number."""
-    found = {}
+def _places(rows: list[dict[str, Any]], steps: dict[str, str]) -> list[dict[str, float]]:
+    """Say for every row how high the bar of each of its steps lies: around the step's number."""
+    found: list[dict[str, float]] = [{} for _ in rows]
     for y, step in enumerate(steps):
-        concerned = [other for other, row in enumerate(rows) if step in row["steps"]]
-        if i in concerned:
-            found[step] = y + 0.2 * (concerned.index(i) - (len(concerned) - 1) / 2)
+        own = [places for places, row in zip(found, rows, strict=True) if step in row["steps"]]
+        for i, places in enumerate(own):
+            places[step] = y + 0.2 * (i - (len(own) - 1) / 2)
     return found
 
 

@@ -39,13 +39,22 @@ def table(record: dict[str, Any]) -> str:
 def steps_table(record: dict[str, Any]) -> str:
     """Write what every step of speed gains: time without it over time with it, per row."""
     rows = record["rows"]
-    lines = [machine_line(record), f"{'':<48}" + "".join(f"{row['name']:>22}" for row in rows)]
+    lines = [machine_line(record), f"{'':<48}" + "".join(f"{n:>22}" for n in row_names(record))]
     lines += [f"{'all steps (ms)':<48}" + "".join(f"{_first(row):>22.4g}" for row in rows)]
     for step, label in labels(rows).items():
         cells = [gain(row, step) for row in rows]
         texts = ["" if found is None else _spread(found) for found in cells]
         lines.append((f"{label:<48}" + "".join(f"{text:>22}" for text in texts)).rstrip())
     return "\n".join(lines)
+
+
+def row_names(record: dict[str, Any]) -> list[str]:
+    """Name the rows of steps, and their threads where those are not the record's."""
+    found = []
+    for row in record["rows"]:
+        threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)}"
+        found.append(row["name"] + threads * (row["threads"] != record["threads"]))
+    return found
 
 
 def labels(rows: list[dict[str, Any]]) -> dict[str, str]:

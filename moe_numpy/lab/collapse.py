@@ -9,6 +9,7 @@ without either: it shows what the router has learned.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -185,10 +186,7 @@ def table(record: dict[str, Any]) -> str:
     ]
     for condition in record["conditions"]:
         runs = condition["runs"]
-
-        def mean(key: str, runs: list = runs) -> float:
-            return float(np.mean([run[key] for run in runs]))
-
+        mean = functools.partial(records.mean, runs)
         collapsed = [layer for run in runs for layer in run["collapsed"]]
         lines.append(
             f"{condition['name']:18}{mean('effective_experts'):>12.1f} of "

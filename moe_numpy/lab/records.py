@@ -45,6 +45,11 @@ def series(run: loop.Run) -> dict[str, Any]:
     return record
 
 
+def mean(runs: list[dict[str, Any]], key: str) -> float:
+    """Average a number, or lists of numbers, over runs."""
+    return float(np.mean([run[key] for run in runs]))
+
+
 def provenance(corpus: data.Corpus) -> dict[str, Any]:
     """Tell which text and which versions a record was made with."""
     return {

@@ -158,8 +158,8 @@ def _row(
     report: MoEReport, cache: tuple, loss_N: np.ndarray, dy_NC: np.ndarray, grads: Any
 ) -> tuple:
     """Describe one step: who served whom is read from the plan that combine kept."""
-    combine_cache = cache[1][3]
-    plan = combine_cache[2]
+    _, (*_, combine_cache), _ = cache
+    *_, plan = combine_cache
     _, dgate_NK = dispatch.combine_backward(dy_NC, combine_cache)
     K, E = dgate_NK.shape[1], report.load_E.size
     expert_R = np.repeat(np.arange(E), report.load_E)

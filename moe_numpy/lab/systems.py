@@ -8,10 +8,9 @@ each routing trains, how evenly it loads its experts, and what it turns away.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any
-
-import numpy as np
 
 from moe_numpy import config, presets, tree
 from moe_numpy.config import TrainingConfig
@@ -65,7 +64,7 @@ def run_systems(
                 "year": presets.get(name).year,
                 "config": config.to_dict(cfg),
                 "num_experts": cfg.moe.num_experts,
-                "parameters": runs[0].pop("parameters"),
+                "parameters": runs[0]["parameters"],
                 "runs": [{k: v for k, v in run.items() if k != "parameters"} for run in runs],
             }
         )
@@ -103,12 +102,9 @@ def table(record: dict[str, Any]) -> str:
         f"{'validation loss (nats per character)':>{26 + 8 * len(seeds)}}",
         f"{'':26}{losses}{'effective experts':>21}{'busiest':>9}{'drops':>8}{'decisive':>10}",
     ]
-    for system in sorted(record["systems"], key=_mean_loss):
+    for system in sorted(record["systems"], key=lambda s: records.mean(s["runs"], SHOWN[0])):
         runs, E = system["runs"], system["num_experts"]
-
-        def mean(key: str, runs: list = runs) -> float:
-            return float(np.mean([run[key] for run in runs]))
-
+        mean = functools.partial(records.mean, runs)
         losses = " ".join(f"{run['validation_loss']:7.3f}" for run in runs)
         lines.append(
             f"{system['name']:26}{losses}{mean('effective_experts'):>14.1f} of {E:<3}"
@@ -117,7 +113,3 @@ def table(record: dict[str, Any]) -> str:
     references = record["references"]
     lines.append(f"{'2-gram':26}{references['2-gram']:7.3f}")
     return "\n".join(lines)
-
-
-def _mean_loss(system: dict[str, Any]) -> float:
-    return float(np.mean([run["validation_loss"] for run in system["runs"]]))

@@ -40,10 +40,7 @@ def gated_dispatch_forward(x_NC: Array, gate_NK: Array, plan: Plan) -> tuple[Arr
     Cache      (x_NC, gate_NK, plan)
     Source     Meta AI 2025, Llama 4 (the scaled input of its experts)
     """
-    gate_R = gate_NK.reshape(-1)[plan.choice_R]
-    x_RC = xp.take(x_NC, plan.token_R, 0)
-    x_RC *= gate_R[:, None]
-    return x_RC, (x_NC, gate_NK, plan)
+    return _send(x_NC, gate_NK, plan), (x_NC, gate_NK, plan)
 
 
 def gated_dispatch_backward(dx_RC: Array, cache: Cache) -> tuple[Array, Array]:
@@ -84,10 +81,14 @@ def combine_backward(dy_NC: Array, cache: Cache) -> tuple[Array, Array]:
     """
     y_NKC, gate_NK, plan = cache
     dgate_NK = xp.einsum("nkc,nc->nk", y_NKC, dy_NC)  # 2.
-    gate_R = gate_NK.reshape(-1)[plan.choice_R]
-    dy_RC = xp.take(dy_NC, plan.token_R, 0)  # 1.
-    dy_RC *= gate_R[:, None]
-    return dy_RC, dgate_NK
+    return _send(dy_NC, gate_NK, plan), dgate_NK  # 1.
+
+
+def _send(x_NC: Array, gate_NK: Array, plan: Plan) -> Array:
+    """Copy every token to the rows of its choices, each copy times the gate of its choice."""
+    x_RC = xp.take(x_NC, plan.token_R, 0)
+    x_RC *= gate_NK.reshape(-1)[plan.choice_R][:, None]
+    return x_RC
 
 
 def _fetch(y_RC: Array, plan: Plan) -> Array:

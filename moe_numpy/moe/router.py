@@ -62,7 +62,12 @@ def draw_noise(rng: Generator, cfg: MoEConfig, tokens: int, width: int, dtype: s
 def check_noise(noise: Array, cfg: MoEConfig, tokens: int, width: int) -> None:
     """Refuse numbers that are not of the shape that `draw_noise` gives them."""
     columns = _columns(cfg, width) + (1 if _draws_second(cfg) else 0)
-    if columns and noise.shape != (tokens, columns):
+    if not columns:
+        raise ValueError(
+            "moe_forward: noise came for a layer with noise=None, "
+            f"of shape {noise.shape}. Pass None."
+        )
+    if noise.shape != (tokens, columns):
         raise ValueError(
             f"moe_forward: the noise must have the shape ({tokens}, {columns}), got {noise.shape}. "
             "Draw it with `draw_noise` for this batch."
@@ -106,19 +111,14 @@ def router_forward(
     if noise is None or jitter_NC is not None:
         return clean_NE, clean_NE, None, (params, jitter_NC, None, logit_cache, None)
     if isinstance(cfg.noise, GaussianNoise):
-        scale_NE = xp.full_like(clean_NE, cfg.noise.std)  # 3. fixed noise
-        noisy_NE = clean_NE + noise * scale_NE
-        return clean_NE, noisy_NE, scale_NE, (params, None, None, logit_cache, None)
-    raw_NE, raw_cache = linear.linear_forward(x_NC, params.noise_CE)  # 3. learned noise
-    scale_NE, scale_cache = activation.softplus_forward(raw_NE)
-    scale_NE += cfg.noise.floor
+        scale_NE, noise_caches = xp.full_like(clean_NE, cfg.noise.std), None  # 3. fixed noise
+    else:
+        raw_NE, raw_cache = linear.linear_forward(x_NC, params.noise_CE)  # 3. learned noise
+        scale_NE, scale_cache = activation.softplus_forward(raw_NE)
+        scale_NE += cfg.noise.floor
+        noise_caches = (raw_cache, scale_cache)
     noisy_NE = clean_NE + noise * scale_NE
-    return (
-        clean_NE,
-        noisy_NE,
-        scale_NE,
-        (params, None, noise, logit_cache, (raw_cache, scale_cache)),
-    )
+    return clean_NE, noisy_NE, scale_NE, (params, None, noise, logit_cache, noise_caches)
 
 
 def router_backward(
@@ -231,9 +231,12 @@ def renormalized_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
 
 def _columns(cfg: MoEConfig, width: int) -> int:
     """Count the random numbers of the router for one token."""
-    if cfg.noise is None or isinstance(cfg.noise, InputJitter):
-        return 0 if cfg.noise is None else width
-    return cfg.num_experts + (cfg.selection.groups if isinstance(cfg.selection, Hierarchy) else 0)
+    if cfg.noise is None:
+        return 0
+    if isinstance(cfg.noise, InputJitter):
+        return width
+    groups = cfg.selection.groups if isinstance(cfg.selection, Hierarchy) else 0
+    return cfg.num_experts + groups
 
 
 def _draws_second(cfg: MoEConfig) -> bool:

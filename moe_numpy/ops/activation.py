@@ -241,7 +241,7 @@ def geglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
     return dy * slope, dy * act
 
 
-def _gated(activate: Callable[..., None], gate: Array, up: Array) -> tuple[Array, Cache]:
+def _gated(activate: Callable[..., Array], gate: Array, up: Array) -> tuple[Array, Cache]:
     y, act, slope = (xp.empty_like(gate, order="C") for _ in range(3))
 
     def fill(gate: Array, up: Array, y: Array, act: Array, slope: Array) -> None:

@@ -6,7 +6,6 @@ large arrays wait for memory, which blocks that stay in a core's cache do not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from moe_numpy import machine
@@ -76,9 +75,9 @@ def in_blocks(fill: Callable[..., None], *arrays: Array) -> None:
     if arrays[0].size <= 2 * BLOCK or few_launches():
         fill(*arrays)
         return
-    count = math.prod(arrays[0].shape[:-1])
-    step = BLOCK // max(1, *(array.shape[-1] for array in arrays)) or 1
     tables = [array.reshape(-1, array.shape[-1]) for array in arrays]
+    count, widest = tables[0].shape
+    step = max(1, BLOCK // widest)
 
     def work(i: int) -> None:
         block = slice(i * step, (i + 1) * step)

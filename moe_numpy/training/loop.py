@@ -143,9 +143,12 @@ def train(
         after Ctrl-C, once the step in progress is complete and the checkpoint is written.
     """
     counts = {"save_every": save_every, "evaluate_every": evaluate_every, "threads": threads}
+    counts["processes"] = processes
     for name, count in counts.items():
         if count is not None:
             rules.whole_number("train", name, count, 1)
+    if processes > 1:
+        team.require_possible(run.training.shards, processes)
     every = evaluate_every or max(1, run.training.steps // 4)
     if path is not None and run.step == 0:
         save_run(path, run)

@@ -10,7 +10,7 @@ from moe_numpy.backend import Array, to_host, xp
 from moe_numpy.config import SGD, AdamW
 
 # Biases with more than one axis: of heads, and of experts.
-BIASES = {"q_HD", "k_GD", "v_GD", "in_EF", "up_EF", "out_EC"}
+BIASES = {"q_HD", "k_GD", "v_GD", "in_EF", "up_EF", "out_EC", "expert_bias_EO"}
 BLOCK = 131_072  # numbers updated at a time: their temporaries stay in the cache
 
 
@@ -69,7 +69,7 @@ def update(
     share : which of the jobs to do, if others do the rest; with slice(i, None, n) for each i below
         n all is done, in parts of about equal work.
     """
-    seconds = [None] if state.second is None else tree.leaves(state.second)
+    seconds = tree.leaves(state.second)  # none for SGD
     leaves = zip(
         tree.named_leaves(params), tree.leaves(grads), tree.leaves(state.first), strict=True
     )

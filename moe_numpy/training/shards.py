@@ -11,7 +11,7 @@ import functools
 
 from moe_numpy import machine, tree
 from moe_numpy.backend import Array, xp
-from moe_numpy.config import ModelConfig
+from moe_numpy.config import ModelConfig, rules
 from moe_numpy.moe.report import MoEReport
 from moe_numpy.transformer import model
 
@@ -47,8 +47,13 @@ def gradients(
 def cut(
     token_BT: Array, target_BT: Array, noise: tuple[Array | None, ...] | None, shards: int
 ) -> list[tuple]:
-    """Cut a batch into shards: a list of (tokens, targets, noise)."""
+    """Cut a batch into shards: a list of (tokens, targets, noise).
+
+    Raises     ValueError if they cannot be of the same size
+    """
     B, T = token_BT.shape
+    fine, rule = B > 0 and B % shards == 0, f"a batch must be a multiple of the shards ({shards})"
+    rules.require(fine, "shards", rule, f"{B} sequences", "Choose another number of shards.")
     step = B // shards
     parts = []
     for first in range(0, B, step):

@@ -134,9 +134,10 @@ def _compute(team: Team, rank: int, parts: list[tuple], cfg: ModelConfig, smooth
         reports.append(report)
         team.own[i] = tree.leaves(grads)
         for owner, share in enumerate(team.shares):
-            place = _given(team, owner).get(i)  # none for the shards of its own
-            for at in share if place else ():
-                np.copyto(place[at], team.own[i][at])
+            if owner != rank:
+                place = _given(team, owner)[i]
+                for at in share:
+                    np.copyto(place[at], team.own[i][at])
     return reports
 
 
@@ -202,7 +203,7 @@ def require_possible(parts: int, size: int) -> None:
     Raises     ValueError if there is none, one would have no shard, or this system cannot have
                teams
     """
-    rules.whole_number("team", "processes", size, 1)
+    rules.whole_number("team", "processes", size, 2)
     if size > parts:
         raise ValueError(
             f"team: processes must be at most the shards of a step ({parts}), got {size}. "

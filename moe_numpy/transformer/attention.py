@@ -6,7 +6,6 @@ for them.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -40,8 +39,7 @@ class AttentionParams(NamedTuple):
 class KeyValues:
     """The keys and values of the positions seen so far, for generation: S of them so far.
 
-    The arrays are allocated once for the whole context; `append` writes into them, the only state
-    that anything in the transformer keeps.
+    The arrays are allocated once for the whole context; `append` and `append_one` write into them.
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: str) -> None:
@@ -49,18 +47,6 @@ class KeyValues:
         self.length = 0
         self._k_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
         self._v_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
-        self._theta = cfg.theta
-
-    @functools.cached_property
-    def _turns(self) -> tuple[Array, Array]:
-        _, _, context, D = self._k_BGSD.shape
-        return rotary.turns(xp.arange(context), D, self._theta, self._k_BGSD.dtype)
-
-    def turns(self, T: int) -> tuple[Array, Array]:
-        """Return the rotary turns of the T positions that come next."""
-        cos, sin = self._turns
-        here = slice(self.length, self.length + T)
-        return cos[here], sin[here]
 
     def append(self, k_BGTD: Array, v_BGTD: Array) -> tuple[Array, Array]:
         """Add T positions; return views of all keys and values, (B, G, S, D) each."""
@@ -222,7 +208,8 @@ def attention_forward(
         k_BGTD, k_norm = qk_norm_forward(k_BGTD, params.k_gain, cfg.qk_norm, cfg.norm_eps)
         norms = (q_norm, k_norm)
     if cfg.positions == "rotary":  # 3. positions
-        turns = rotary.turns(xp.arange(T), D, cfg.theta, x_BTC.dtype) if kv is None else kv.turns(T)
+        start = 0 if kv is None else kv.length
+        turns = rotary.turns(xp.arange(start, start + T), D, cfg.theta, x_BTC.dtype)
         q_BHTD, _ = rotary.rotary_forward(q_BHTD, *turns)
         k_BGTD, _ = rotary.rotary_forward(k_BGTD, *turns)
     k_BGSD, v_BGSD = (k_BGTD, v_BGTD) if kv is None else kv.append(k_BGTD, v_BGTD)

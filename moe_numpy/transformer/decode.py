@@ -28,7 +28,7 @@ SHORT = 6  # tokens, which are read faster one after the other than together
 
 
 class Ready(NamedTuple):
-    """What is made once for all tokens; the last three are there for rotary positions alone.
+    """What is made once for all tokens of one text; the last three for rotary positions alone.
 
     qkv_CO     of every layer: the matrices of queries, keys and values side by side, the scale of
                the attention logits in the queries; 4 * C * (H + 2 G) * D bytes in float32

@@ -83,10 +83,11 @@ def generate(
             "An encoder sees later tokens: it cannot predict the next one."
         )
     _check_sampling(temperature, top_k, top_p)
+    prompt_T = to_host(prompt_T)
     history = [int(token) for token in prompt_T]
     if not history:
         raise ValueError("generate: the prompt must hold at least one token, got none. Give one.")
-    linear.check_vocabulary("generate", xp.asarray(prompt_T), cfg.vocab_size)
+    linear.check_vocabulary("generate", prompt_T, cfg.vocab_size)
     knobs = (temperature, top_k, top_p)
     cfg = dataclasses.replace(cfg.evaluation(), recompute=True)  # no layer's cache is kept
     return _continue(history, params, cfg, tokens, default_rng(rng), knobs)
