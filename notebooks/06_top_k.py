@@ -5,7 +5,7 @@
 # for each token. Who is asked is a **choice**, and a choice has no slope: one expert more or
 # less, nothing in between. Yet the router that makes the choice is trained by slopes like
 # everything else. This chapter shows through which door the gradient reaches the router, and
-# finds a popular setting in which that door is shut.
+# finds a setting that many programs offer, in which that door is shut.
 #
 # **After this chapter you can**
 #
@@ -376,12 +376,12 @@ for gates in (softmax_last, softmax_first):
 # %% [markdown]
 # ### 4.7 The trap
 #
-# A program that offers "top-k with renormalized gates" offers `k = 1` too, and nothing crashes. A
-# repair that one meets in public code divides by the sum *plus a small number*, so that the gate
-# is not exactly one: `gate = p / (p + 1e-6)`. Its slope in `p` is `1e-6 / (p + 1e-6)^2`.
+# A program that offers "top-k with renormalized gates" offers `k = 1` too, and nothing crashes. In
+# public code one often meets a sum *plus a small number*, so that the gate is not exactly one:
+# `gate = p / (p + 1e-6)`. Its slope in `p` is `1e-6 / (p + 1e-6)^2`.
 #
-# > **Predict.** Does the repair bring the router back to life? The cell prints the largest gradient
-# > of any logit, over all tokens.
+# > **Predict.** Does the small number bring the router back to life? The cell prints the largest
+# > gradient of any logit, over all tokens.
 
 # %%
 expert_N1, dgate_N1 = expert_NK[:, :1], dgate_NK[:, :1]
@@ -397,12 +397,15 @@ cache = router.renormalized_gate_forward(logit_NE, expert_N1)[1]
 dead_NE = router.renormalized_gate_backward(dgate_N1, cache)
 print(f"renormalized  {np.abs(dead_NE).max():.1e}")
 repaired_N1 = dgate_N1 * 1e-6 / (p_N1 + 1e-6) ** 2
-print(f"'repaired'    {np.abs(to_logits(repaired_N1)).max():.1e}")
+print(f"small number  {np.abs(to_logits(repaired_N1)).max():.1e}")
 print(f"raw           {np.abs(to_logits(dgate_N1)).max():.1e}")
 
 # %% [markdown]
-# The repair trades a zero for a whisper. The cure is the raw gate, and in this package
-# `MoEConfig(top_k=1)` takes it unless you ask for the other.
+# The small number, meant to guard against a division by zero, turns a zero into a whisper. Plain
+# gradient descent hardly hears it. Adam, which divides each gradient by its usual size, may, as
+# long as no other loss reaches the router and no rounding swallows it: nothing to build on. The
+# cure is the raw gate, and in this package `MoEConfig(top_k=1)` takes it unless you ask for the
+# other.
 #
 # What makes the trap nasty: the experts go on learning, the loss goes down, and a balance loss
 # (section 7) can make the load look perfect. Only the gradient tells.
@@ -509,7 +512,7 @@ for h in (1e-1, 1e-2, 1.01e-3, 0.99e-3, 1e-4, 1e-5):
     print(f"h = {h:.5f}, estimates {estimates[0]:11.5f} {estimates[1]:11.5f}{note}")
 
 # %% [markdown]
-# The estimate grows without limit until the two points lie on one side; then it is right at once.
+# The estimate grows like `1 / h` until the two points lie on one side; then it is right at once.
 # The backward was right all along: it is the slope *at this point*, with the choice held fixed. A
 # checker that knows nothing of choices would have called it wrong.
 #
@@ -598,8 +601,9 @@ figure.tight_layout()
 # y_NC[n] = sum over k of gate_NK[n, k] * y_RC[slot_NK[n, k]]
 # ```
 #
-# Here `y_RC`, shape `(R, C)`, are the answers. Between the two each expert sees its own slice of
-# rows.
+# Here `y_RC`, shape `(R, C)`, are the answers. For a dropped choice the slot is `R`, one too far:
+# think of one more row there, all zeros (the package appends it). Between the two each expert sees
+# its own slice of rows.
 
 # %%
 cfg_short = MoEConfig(num_experts=E, top_k=K, hidden=5, capacity=limit)
@@ -682,9 +686,10 @@ for n, k in np.argwhere(short.slot_NK == R):
 # terms are sent back, *each alone*:
 #
 # - **task**: the squared error of the layer's output;
-# - **Switch loss**: for each expert its share of the choices times its mean probability, added
-#   up;
-# - **importance CV²**: how unequal the sums of the experts' gates are;
+# - **Switch loss**: for each expert its share of the choices times its mean probability (of the
+#   noisy logits), added up;
+# - **importance CV²**: how unequal the sums of the experts' gates are (CV² is their variance over
+#   their squared mean);
 # - **load CV²**: how unequal the *chances* to be chosen are, over new draws of the noise;
 # - **z-loss**: the square of `log(sum over e of exp(logit))`, averaged over the tokens. It keeps
 #   logits small.
@@ -730,9 +735,11 @@ for g, t, p in np.argwhere(small & (found.norm > 0)):
     print(f"{audit.GATES[g]}, {audit.TERMS[t]}, {group}: {found.norm[g, t, p]:.1e}")
 
 # %% [markdown]
-# Where a path does not exist, the zero is exact. Where two things cancel, rounding is left: for
-# all experts the pushes cancel within the softmax. If you look for dead parameters in a program
-# of your own, compare with a small number, not with zero.
+# Where a path does not exist, the zero is exact. It is exact, too, where a number is subtracted
+# from itself, as in the renormalized top-1 gate: `1 * (dgate - dgate)`. Where numbers cancel that
+# were rounded on different ways, a remainder is left: for all experts the pushes cancel within the
+# softmax. If you look for dead parameters in a program of your own, compare with a small number,
+# not with zero.
 #
 # ## What you can do now
 #

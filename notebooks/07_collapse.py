@@ -143,9 +143,16 @@ for ax, (title, values_NE) in zip(axes, titles.items(), strict=True):
 # The last term is never positive. For another token, with hidden units $h'$ and gradient $dy'$, the
 # same step changes $u'$ by $- \eta \, gate \, (h \cdot h') (dy \cdot dy')$. **Serving a token makes
 # $u$ smaller for that token and for all that are like it**: alike in $h$, and needing a similar
-# change. That closes the loop: being chosen, the expert learns; having learned, it has $u < 0$;
+# change.
+#
+# The router passes its pushes on as well. Its logit is $x \cdot w_e$, with one column $w_e$ for
+# each expert, so a token pulls the column by $dlogit[e] \, x$, and the step changes the logit of
+# another token $x'$ by $- \eta \, dlogit[e] \, (x \cdot x')$. If the vectors of all tokens have a
+# direction in common, **a push for one token is a push for nearly all**.
+#
+# That closes the loop: being chosen, the expert learns; having learned, it has $u < 0$;
 # with $u < 0$ its logit rises and all others fall; so it is chosen again. An expert that was not
-# chosen has no gradient at all. Here are the four lines in numbers.
+# chosen has no gradient at all. Here are the four lines about $u$ in numbers.
 
 # %%
 h, W = rng.standard_normal(4), 0.1 * rng.standard_normal((4, 3))  # hidden units; (4, C) with C = 3
@@ -278,7 +285,7 @@ print(f"named rightly: {right[0]} by step 0, {right[1]} by 20 steps, of {len(stu
 #
 # ## 4. Where collapse does not happen
 #
-# The same layer, the same router, the same learning rate, only another task: now the tokens come
+# The same layer, the same router, the same learning rate, another task: now the tokens come
 # from eight clusters, and each cluster has **a job of its own**. Look at your second prediction.
 
 # %%
@@ -292,13 +299,40 @@ print(f"effective experts over the last ten steps: {effective:.2f} of 8")
 # %% [markdown]
 # The loop is still there: it works *within* each cluster. Serving a token lowers $u$ for tokens
 # that are like it, and those of other clusters are not: they look different and want something
-# else. So every cluster gets a winner of
-# its own; an expert starves only if it wins no cluster, for instance because another expert won
-# two.
+# else. So every cluster gets a winner of its own; an expert starves only if it wins no cluster, for
+# instance because another expert won two.
+#
+# ### What made the difference?
+#
+# Two things changed at once. One job means one *function* for all tokens. But those tokens also lie
+# around one center, so their vectors have a *direction* in common, while eight centers point
+# anywhere. By section 1 either can feed the loop: the function through the experts, the direction
+# through the router. So we take them apart: one job around the origin, and eight jobs that are all
+# moved by one and the same vector. Every number is one seed: effective experts over the last tenth
+# of a run, at the learning rate of the table below.
+#
+# > **Predict.** Which of the two collapses, "one job, centered" or "eight jobs, shifted"?
+
+# %%
+short = ("one job", "one job, centered", "eight jobs", "eight jobs, shifted")
+long = ("one job, centered", "eight jobs")
+for task, steps in [*((task, 600) for task in short), *((task, 2400) for task in long)]:
+    found = []
+    for seed in study.seeds[:4]:
+        load = rich_get_richer.follow(raw, task, seed, steps).trace.load
+        found.append(metrics.effective_experts(load[-steps // 10 :].sum(0)))
+    print(f"{task:20} {steps:5} steps:", *(f"{effective:5.1f}" for effective in found))
+
+# %% [markdown]
+# The direction decides first. Without it the one job does not collapse in 600 steps; with it even
+# the eight jobs do. The common function works, too, but slowly: after four times as many steps the
+# one job has collapsed around the origin as well, and the eight jobs have not. So if a router of
+# yours collapses, look first at the mean of its inputs.
 #
 # Now a language model, as in a real MoE: top-1 of 16 experts in two layers, trained on
-# text. All its tokens first need the same job (which characters are frequent at all?), so we expect
-# collapse; that this is the reason is a guess. This study takes minutes, so we read its record.
+# text. All its tokens first need the same job (which characters are frequent at all?), and nothing
+# keeps their vectors from sharing a direction, so we expect collapse; which of the two matters more
+# there, these runs do not tell. This study takes minutes, so we read its record.
 
 # %%
 text = files.read_json(rich_get_richer.FIGURES / "collapse.json")
@@ -344,7 +378,8 @@ print(rich_get_richer.table(settings))
 # What the dots and the table say:
 #
 # - With raw top-1 gates, **one job** collapses to about one expert and **eight jobs** do not
-#   collapse. Whether a toy model collapses depends on the task as much as on the router.
+#   collapse. Whether a toy model collapses depends on its inputs and its task as much as on the
+#   router.
 # - On one job, collapse costs little: compare the loss of "top-1 raw" with that of a layer that
 #   only *has* one expert, and with those of the balanced top-1 layers. There was nothing to divide.
 #   (More experts *for each token* do help: see "top-2" and "all experts".)
@@ -435,9 +470,12 @@ legend = axes[0, 0].legend(fontsize=8, frameon=False)
 
 # %% [markdown]
 # With **capacity** the filled bars are far more level than the hollow ones: the load is spread, the
-# router's wish is not. (Dotted: an even share.) Take the limit away, as one does when the model is
-# used, and the load follows the hollow bars. With the **Switch loss** filled and hollow agree: the
-# router itself changed. Averages over all seeds and both layers:
+# router's wish is not. (Dotted: an even share.) Take the limit away, as this study does when it
+# measures the clean router (many systems keep a looser limit), and the load follows the hollow
+# bars. On the small layer's one job it was otherwise: there the hollow dots of "raw + capacity" are
+# high, too. An expert that is forced to serve learns, and may then be wanted. With the **Switch
+# loss** filled and hollow agree: the router itself changed. Averages over all seeds and both
+# layers:
 
 # %%
 print(collapse.table(text))
@@ -461,10 +499,11 @@ for task in settings["tasks"]:
 
 # %% [markdown]
 # A plus sign means that the cure made the model *worse*. On text, at this short budget, and on one
-# job, balance costs loss. The likely reason: a few experts that see everything learn a common job
-# faster. On eight jobs the Switch loss pays. Longer training or larger models may answer
-# differently; these records do not tell. Balance is a means. Ask what it buys, on your task, with
-# your budget.
+# job, balance costs loss. Two likely reasons: an undecided router has small raw gates (compare "raw
+# + Switch" with "renorm. + Switch" on one job, in the table), and an expert that sees an eighth of
+# the tokens learns a common job more slowly. On eight jobs the Switch loss pays. Longer training or
+# larger models may answer differently; these records do not tell. Balance is a means. Ask what it
+# buys, on your task, with your budget.
 #
 # **Your predictions.** One job: about one expert survives. Eight jobs: most do. And an even load
 # alone says nothing about the router.
@@ -527,6 +566,9 @@ print(exercises_07.check_alarm(my_alarm, early, collapsed))
 #
 # - In the package: `moe_numpy/moe/balance.py` has the Switch loss and its relatives, each with its
 #   gradient; `moe_numpy/moe/capacity.py` decides who gets a place.
+# - Many models of today balance without a loss: every expert has a bias that enters the choice but
+#   not the gate, and is moved by its load (DeepSeek-V3). Here it is `bias_rate`, and
+#   `python -m moe_numpy systems deepseek_v3` explains it.
 # - Try it: `rich_get_richer.follow(study.settings()["top-2"], "one job", seed=0)`. Does a second
 #   choice help? Find it in the table first.
 # - Shazeer et al. 2017, *Outrageously Large Neural Networks*, describes the loop in words (section

@@ -159,6 +159,30 @@ def softmax_gate(dgate_NK, logit_NE, expert_NK):
     return router.renormalized_gate_backward(dgate_NK, cache)
 
 
+def by_sorting(dx_RC, token_R, N):
+    """Right only where every token has as many rows."""
+    return dx_RC[np.argsort(token_R, kind="stable")].reshape(N, -1, dx_RC.shape[1]).sum(1)
+
+
+def bracket(dgate_NK, score_NK, weights="gate", own=False, over=True):
+    s_N1 = score_NK.sum(1, keepdims=True)
+    weight_NK = score_NK / s_N1 if weights == "gate" else score_NK
+    kept = weight_NK * dgate_NK
+    return (dgate_NK - (kept if own else kept.sum(1, keepdims=True))) / (s_N1 if over else 1)
+
+
+def divided_wrongly(dgate_NK, prob_NE, expert_NK, **slips):
+    dp_NK = bracket(dgate_NK, np.take_along_axis(prob_NE, expert_NK, 1), **slips)
+    return softmax.softmax_backward(scatter(dp_NK, expert_NK, prob_NE.shape[1]), (prob_NE,))
+
+
+def sigmoid_wrongly(dgate_NK, logit_NE, expert_NK, of_gate=False, **slips):
+    s_NK = 1 / (1 + np.exp(-np.take_along_axis(logit_NE, expert_NK, 1)))
+    x_NK = s_NK / s_NK.sum(1, keepdims=True) if of_gate else s_NK
+    ds_NK = bracket(dgate_NK, s_NK, **slips) * x_NK * (1 - x_NK)
+    return scatter(ds_NK, expert_NK, logit_NE.shape[1])
+
+
 def todo(*args):
     raise NotImplementedError("your turn")
 
@@ -184,9 +208,14 @@ one, two, three = (
         (one, lambda dx, t, N: add_at(dx, t, N) / 3, "wrong: the mean"),
         (one, lambda dx, t, N: add_at(dx, t, N + 1), "the answer must have the shape (7, 4)"),
         (one, overwriting, "the function changed its arguments"),
+        (one, by_sorting, "right: 28 numbers agree with the judge; but where choices were dropped"),
+        (one, lambda dx, t, N: (add_at(dx, t, N), t), "the answer must be one array, got a tuple"),
         (two, divided, "right: "),
         (two, constant_sum, "wrong: the renormalizing sum was treated as a constant"),
         (two, raw, "wrong: this is the gradient of the raw gates"),
+        (two, lambda *a: divided_wrongly(*a, weights="p"), "wrong: the sum over the chosen gates"),
+        (two, lambda *a: divided_wrongly(*a, own=True), "wrong: the division was undone for each"),
+        (two, lambda *a: divided_wrongly(*a, over=False), "wrong: the division by the sum is"),
         (two, leaking, "wrong: unselected logits got a gradient"),
         (two, lambda *a: -divided(*a), "wrong: the sign"),
         (two, lambda *a: 2 * divided(*a), "wrong: everything is 2 times too large"),
@@ -194,6 +223,13 @@ one, two, three = (
         (three, sigmoid_gate, "right: "),
         (three, lambda *a: sigmoid_gate(*a, slope=False), "wrong: the slope of the sigmoid"),
         (three, lambda *a: sigmoid_gate(*a, constant=True), "wrong: the renormalizing sum"),
+        (
+            three,
+            lambda *a: sigmoid_wrongly(*a, weights="s"),
+            "wrong: the sum over the chosen gates",
+        ),
+        (three, lambda *a: sigmoid_wrongly(*a, own=True), "wrong: the division was undone for"),
+        (three, lambda *a: sigmoid_wrongly(*a, of_gate=True), "wrong: the slope of the sigmoid is"),
         (three, softmax_gate, "wrong: this is the gradient of softmax gates"),
         (three, lambda dg, z, e: 0 * z, "wrong: every number is zero"),
         (three, lambda dg, z, e: z / 0 * 0, "the function stopped with"),
@@ -204,6 +240,10 @@ one, two, three = (
 def test_a_check_names_what_went_wrong_in_one_line(check, answer, says):
     line = check(answer)
     assert line.startswith(says) and "\n" not in line, line
+
+
+def test_the_third_check_answers_the_question_of_the_exercise():
+    assert "For K = 1 the gate is s / s = 1" in three(sigmoid_gate)
 
 
 def test_the_gates_of_the_audit_are_what_their_names_say():

@@ -13,6 +13,8 @@ from PIL import Image
 from moe_numpy.classroom import exercises_07 as exercises
 from moe_numpy.lab import collapse_pictures as pictures
 from moe_numpy.lab import metrics, plots, rich_get_richer
+from moe_numpy.ops import softmax
+from moe_numpy.training import clusters
 
 FIGURES = Path(__file__).parent.parent / "figures"
 STUDY = rich_get_richer.Study(batch=32, steps=12, test_tokens=50, seeds=(0, 1))
@@ -142,6 +144,27 @@ def test_the_animation_is_a_png_with_a_frame_for_every_step_and_the_same_twice()
     assert film == pictures.animate_shares(share, [0, 4, 11], "title")
 
 
+def test_the_controls_differ_from_their_tasks_in_the_common_direction_alone():
+    study = rich_get_richer.Study()
+    tasks, controls = study.tasks(), study.controls()
+    sizes = {"width_in": 16, "width_out": 16}
+    for name, control in (("one job", "one job, centered"), ("eight jobs", "eight jobs, shifted")):
+        task = clusters.cluster_task(3, **sizes, **tasks[name])
+        other = clusters.cluster_task(3, **sizes, **controls[control])
+        assert task.spread == other.spread
+        for part in ("w_in_ECF", "b_in_EF", "w_out_EFO", "b_out_EO"):
+            assert (getattr(task, part) == getattr(other, part)).all()
+        moved_EC = other.center_EC - task.center_EC
+        assert moved_EC.any() and np.allclose(moved_EC, moved_EC[0], rtol=0, atol=1e-12)
+    assert not clusters.cluster_task(3, **sizes, **controls["one job, centered"]).center_EC.any()
+
+
+@pytest.mark.parametrize("knobs", [{"center_scale": -1.0}, {"shift": np.inf}, {"shift": np.nan}])
+def test_a_center_that_is_nowhere_is_refused(knobs):
+    with pytest.raises(ValueError, match=f"cluster_task: {next(iter(knobs))} must not be negative"):
+        clusters.cluster_task(0, **knobs)
+
+
 # --------------------------------------------------------------------------------------- the checks
 def effective(load_E, log=math.log, sign=-1, last=math.exp, skip=True, shares=True):
     total = sum(load_E) if shares else 1
@@ -167,6 +190,7 @@ def effective(load_E, log=math.log, sign=-1, last=math.exp, skip=True, shares=Tr
         (lambda load: sum(load) ** 2 / sum(c * c for c in load), "1 / sum of share^2"),
         (lambda load: load / sum(load), "one number"),
         (lambda load: None, "return"),
+        (lambda load: 1j, "one number, got complex"),
     ],
 )
 def test_the_first_check_names_the_mistake(answer, words):
@@ -192,6 +216,12 @@ def switch(prob_NE, expert_NK):
         (lambda p, e: switch(p, e) * (np.arange(p.shape[1]) == e[:, :1]), "only the chosen"),
         (lambda p, e: np.tile(p.shape[1] * p.mean(0) / len(p), (len(p), 1)), "where f belongs"),
         (lambda p, e: 2 * p, "must be"),
+        (lambda p, e: switch(p, e).astype("float32"), "solved:"),
+        (lambda p, e: (p, [1]), "one array of numbers, got tuple"),
+        (lambda p, e: switch(p, e) * len(p) / p.shape[1], "two factors are missing"),
+        (lambda p, e: switch(p, e) * (e.size if e.shape[1] > 1 else 1), "divide by N K"),
+        (lambda p, e: switch(p, e[:, :1]), "all K choices of a token"),
+        (lambda p, e: softmax.softmax_backward(switch(p, e), (p,)), "gradient of the logits"),
     ],
 )
 def test_the_second_check_names_the_mistake(answer, words):
@@ -207,7 +237,8 @@ def alarm(share_SE):
     [
         (alarm, "solved:"),
         (lambda s: True, "always rings"),
-        (lambda s: False, "never rings"),
+        (lambda s: False, "never rings, whatever the run does. (A comparison with NaN"),
+        (lambda s: alarm(s.reshape(20, 8)), "but with 16 experts it stopped with ValueError"),
         (lambda s: not alarm(s), "wrong way"),
         (lambda s: bool(metrics.effective_experts(s[-5:].mean(0)) < 4), "number of experts"),
         (lambda s: metrics.effective_experts(s).mean(), "True or False"),

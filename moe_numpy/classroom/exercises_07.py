@@ -75,7 +75,9 @@ def check_switch_gradient(answer: Callable[[np.ndarray, np.ndarray], np.ndarray]
             return problem
         f_E = np.bincount(expert_NK.reshape(-1), minlength=E) / (N * K)
         right_NE = np.tile(E * f_E / N, (N, 1))
-        came = np.asarray(came, dtype=float)
+        came, problem = _table(came)
+        if problem:
+            return problem
         if came.shape == (E,):
             return (
                 f"dprob must have the shape of prob, ({N}, {E}), got ({E},): every token has its "
@@ -83,7 +85,7 @@ def check_switch_gradient(answer: Callable[[np.ndarray, np.ndarray], np.ndarray]
             )
         if came.shape != (N, E):
             return f"dprob must have the shape of prob, ({N}, {E}), got {came.shape}."
-        if not np.allclose(came, right_NE, rtol=1e-9, atol=0):
+        if not np.allclose(came, right_NE, rtol=1e-5, atol=1e-8):
             return f"with N = {N}, E = {E}, K = {K}: " + _why_switch(came, prob_NE, expert_NK, f_E)
     return SOLVED.format("the more an expert got, the harder its probability is pushed down.")
 
@@ -96,12 +98,22 @@ def _why_switch(
     chosen_NE = np.zeros((N, E))
     np.put_along_axis(chosen_NE, expert_NK, 1.0, 1)
     mean_E = prob_NE.mean(0)
+    first_E = np.bincount(expert_NK[:, 0], minlength=E) / N
+    dlogit_NE = prob_NE * (right_NE - (prob_NE * right_NE).sum(1, keepdims=True))
     typical = (
         (np.zeros((N, E)), "all zeros. f is a constant, but prob is not: P has a gradient."),
         (-right_NE, "the sign is turned: dprob is the gradient, the optimizer subtracts it."),
         (right_NE / E, "the factor E in front of the sum is missing."),
-        (right_NE * N, "the factor 1 / N is missing: P is a mean over the tokens."),
+        (
+            right_NE * N,
+            "a factor 1 / N is missing: P is a mean over the tokens"
+            + (", and f a share, not a count." if K == 1 else "."),
+        ),
+        (right_NE * N / E, "two factors are missing: E in front of the sum, and 1 / N of P."),
+        (right_NE * N * K, "f is a share of the choices, not a count: divide by N K."),
         (right_NE * K, "f is divided by N alone: there are N K choices."),
+        (np.tile(E * first_E / N, (N, 1)), "f counts all K choices of a token, not the first."),
+        (dlogit_NE, "this is the gradient of the logits: stop one step earlier, at prob."),
         (right_NE * chosen_NE, "only the chosen entries got something: P averages all of them."),
         (np.tile(E * mean_E / N, (N, 1)), "P stands where f belongs: the derivative by P is E f."),
         (
@@ -114,7 +126,7 @@ def _why_switch(
         ),
     )
     for wrong_NE, reason in typical:
-        if np.allclose(came_NE, wrong_NE, rtol=1e-9, atol=1e-15):
+        if np.allclose(came_NE, wrong_NE, rtol=1e-5, atol=1e-8):
             return reason
     n, e = np.unravel_index(np.abs(came_NE - right_NE).argmax(), (N, E))
     return f"dprob[{n}, {e}] must be {right_NE[n, e]:.4f}, got {came_NE[n, e]:.4f}."
@@ -143,12 +155,19 @@ def check_alarm(
     wrongly = sum(r and not c for r, c in zip(rings, collapsed, strict=True))
     score = f"{len(rings) - missed - wrongly} of {len(rings)} runs right"
     if all(rings) or not any(rings):
-        return f"{score}: it {'always' if all(rings) else 'never'} rings, whatever the run does."
+        always = "always" if all(rings) else "never"
+        hint = (
+            "" if all(rings) else " (A comparison with NaN, as 0 * log 0 gives, is always False.)"
+        )
+        return f"{score}: it {always} rings, whatever the run does.{hint}"
     if missed + wrongly > len(rings) // 2:
         return f"{score}: the comparison points the wrong way. Few effective experts are the alarm."
     S, E = early[0].shape
     for other in (2 * E, max(2, E // 4)):
-        if alarm(np.full((S, other), 1.0 / other)):
+        came, problem = _call(alarm, np.full((S, other), 1.0 / other), todo="the alarm")
+        if problem:
+            return f"{score}, but with {other} experts {problem}"
+        if came:
             return (
                 f"{score}, but it rings for {other} experts with equal shares: compare with the "
                 "number of experts, share_SE.shape[1]."
@@ -156,7 +175,10 @@ def check_alarm(
     hidden = np.zeros((S, E))
     hidden[:, 0] = 1.0
     hidden[0] = 1.0 / E
-    if not alarm(hidden):
+    came, problem = _call(alarm, hidden, todo="the alarm")
+    if problem:
+        return problem
+    if not came:
         return (
             f"{score}, but it misses a run that starts even and then gives one expert everything: "
             "look at the last of the steps, not only at the first."
@@ -191,7 +213,17 @@ def _call(answer: Callable, *arguments: Any, todo: str) -> tuple[Any, str]:
 def _number(came: Any, where: str) -> tuple[float, str]:
     if np.ndim(came) != 0:
         return 0.0, f"{where} it must be one number, got an array of shape {np.shape(came)}."
-    return float(came), ""
+    try:
+        return float(came), ""
+    except (TypeError, ValueError):
+        return 0.0, f"{where} it must be one number, got {type(came).__name__}."
+
+
+def _table(came: Any) -> tuple[np.ndarray, str]:
+    try:
+        return np.asarray(came, dtype=float), ""
+    except (TypeError, ValueError):
+        return np.zeros(0), f"it must return one array of numbers, got {type(came).__name__}."
 
 
 def _exp(x: float) -> float:

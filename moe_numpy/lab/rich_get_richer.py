@@ -48,6 +48,17 @@ class Study:
             "eight jobs": {"clusters": 8, "spread": 0.5},
         }
 
+    def controls(self) -> dict[str, dict[str, float]]:
+        """Name tasks that are not in the record: those above without, or with, a common direction.
+
+        In "one job" all inputs share the direction of their center; in "eight jobs" they do not.
+        """
+        tasks = self.tasks()
+        return {
+            "one job, centered": tasks["one job"] | {"center_scale": 0.0},
+            "eight jobs, shifted": tasks["eight jobs"] | {"shift": 1.0},
+        }
+
     def settings(self) -> dict[str, MoEConfig]:
         """Name the layers that are compared."""
         bare = MoEConfig(num_experts=self.num_experts, top_k=1, hidden=self.hidden)
@@ -127,7 +138,7 @@ def follow(
 
     Parameters
     ----------
-    task : "one job" or "eight jobs".
+    task : "one job" or "eight jobs", or a control of `Study.controls`.
     steps : of AdamW without weight decay.
     rate : the learning rate, constant; None for that of the study.
     study : sizes of layer and batch; None for the defaults of `Study`.
@@ -136,7 +147,10 @@ def follow(
     rate = study.rate if rate is None else rate
     task_rng, init_rng, data_rng, noise_rng = np.random.default_rng(seed).spawn(4)
     jobs = clusters.cluster_task(
-        task_rng, width_in=study.width, width_out=study.width, **study.tasks()[task]
+        task_rng,
+        width_in=study.width,
+        width_out=study.width,
+        **(study.tasks() | study.controls())[task],
     )
     params = layer.init_moe(init_rng, moe, study.width, "float32")
     adam = AdamW(weight_decay=0.0)

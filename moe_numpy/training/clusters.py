@@ -24,7 +24,7 @@ class ClusterTask:
     spread : float
         Standard deviation of each input around the center of its cluster.
     center_EC : np.ndarray
-        Centers of the clusters, standard normal.
+        Centers of the clusters, standard normal unless scaled or shifted.
     w_in_ECF, b_in_EF, w_out_EFO, b_out_EO : np.ndarray
         The target function of each cluster.
     """
@@ -49,6 +49,8 @@ def cluster_task(
     width_in: int = 16,
     width_out: int = 8,
     spread: float = 0.5,
+    center_scale: float = 1.0,
+    shift: float = 0.0,
 ) -> ClusterTask:
     """Draw a task: centers, and a random tanh network for each.
 
@@ -61,6 +63,10 @@ def cluster_task(
     spread : float
         Size of a cluster. Centers are about sqrt(2 * width_in) apart: with few inputs or a wide
         spread the clusters overlap.
+    center_scale : float
+        Factor on the centers; 0 puts all clusters around the origin.
+    shift : float
+        Size of each value of a random vector that all centers are moved by.
 
     Returns
     -------
@@ -70,7 +76,8 @@ def cluster_task(
     Raises
     ------
     ValueError
-        If a count is not positive, or `spread` is not positive and finite.
+        If a count is not positive, `spread` is not positive and finite, or another number is
+        negative or not finite.
     """
     for name, count in {"clusters": clusters, "width_in": width_in, "width_out": width_out}.items():
         if count < 1:
@@ -79,8 +86,13 @@ def cluster_task(
         raise ValueError(
             f"cluster_task: spread must be positive and finite, got {spread}. Try 0.5."
         )
+    for name, size in {"center_scale": center_scale, "shift": shift}.items():
+        if not 0 <= size < np.inf:
+            raise ValueError(
+                f"cluster_task: {name} must not be negative, and finite, got {size}. Leave it out."
+            )
     rng = np.random.default_rng(rng)
-    center_EC = rng.normal(size=(clusters, width_in))
+    center_EC = center_scale * rng.normal(size=(clusters, width_in))
     w_in_ECF = rng.normal(0, GAIN / np.sqrt(width_in), (clusters, width_in, HIDDEN))
     b_in_EF = rng.normal(size=(clusters, HIDDEN))
     w_out_EFO = rng.normal(size=(clusters, HIDDEN, width_out))
@@ -90,6 +102,8 @@ def cluster_task(
     raw_ENO = np.tanh(probe_NC @ w_in_ECF + b_in_EF[:, None]) @ w_out_EFO
     w_out_EFO /= raw_ENO.std(1)[:, None]
     b_out_EO = -raw_ENO.mean(1) / raw_ENO.std(1)
+    if shift:
+        center_EC += shift * rng.normal(size=width_in)
     return ClusterTask(
         spread=spread,
         center_EC=center_EC,
