@@ -369,6 +369,13 @@ for ax, task in zip(axes, settings["tasks"], strict=True):
 
 # %%
 print(rich_get_richer.table(settings))
+layers = study.settings()
+cures = (
+    layers["raw + noise"].noise,
+    layers["raw + capacity"].capacity,
+    layers["raw + Switch"].balance,
+)
+print("The cures of this layer:", *cures, sep="\n")
 
 # %% [markdown]
 # The columns: runs that collapsed by our definition, means over the seeds of effective experts, of
