@@ -9,6 +9,7 @@ import tiny
 
 from moe_numpy import tree
 from moe_numpy.config import SGD, AdamW, TrainingConfig
+from moe_numpy.moe import jacobs
 from moe_numpy.training import loop, optimizer
 
 ADAMS = (
@@ -141,6 +142,14 @@ def test_biases_of_heads_and_experts_do_not_decay_although_they_have_two_axes():
     spared = {name.rpartition(".")[2] for name, leaf in leaves if (leaf == 1).all()}
     assert spared >= {"q_HD", "k_GD", "v_GD", "out_C", "sink_H", "in_EF", "up_EF", "out_EC"}
     assert not spared & {"q_CHD", "in_ECF", "out_EFC", "w_CE", "token_VC", "head_CV"}
+
+
+def test_the_biases_of_linear_experts_do_not_decay():
+    drawn = jacobs.init_jacobs(np.random.default_rng(0), 4, 3, 2, "float64")
+    ones, zero = tree.map(np.ones_like, drawn), tree.map(np.zeros_like, drawn)
+    optimizer.update(ones, zero, optimizer.init_state(ones, SGD()), SGD(weight_decay=0.5), 0, 0.1)
+    assert (ones.gate_bias_E == 1).all() and (ones.expert_bias_EO == 1).all()
+    assert (ones.gate_CE < 1).all() and (ones.expert_ECO < 1).all()
 
 
 class Experts(NamedTuple):
