@@ -60,4 +60,6 @@ def test_processes_that_are_still_importing_do_not_hear_ctrl_c(delay):
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    assert err.count("Traceback") == 1 and err.endswith("KeyboardInterrupt\n"), err  # the parent's
+    # The parent's alone; it may come while the parent handles another exception, in an import.
+    assert err.splitlines().count("KeyboardInterrupt") == 1, err
+    assert err.endswith("KeyboardInterrupt\n") and "Process Spawn" not in err, err
