@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,8 +84,10 @@ OPTIONS = {
         "beta2": Option(float, 0.99, "decay of AdamW's average of squares"),
         "momentum": Option(float, 0.9, "of sgd"),
         "weight-decay": Option(float, 0.1, "decoupled; none on gains and biases"),
+        "skip-idle": Option(bool, False, "AdamW leaves experts alone that had no token in a step"),
         "clip": Option(float, 1.0, "largest gradient norm; 0: no clipping"),
         "smoothing": Option(float, 0.0, "label smoothing"),
+        "recompute": Option(bool, False, "compute layers again on the way back, to save memory"),
         "seed": Option(int, 0, "of parameters, data order and noise"),
     },
 }
@@ -100,6 +103,8 @@ NEEDS = {  # a flag that would have no effect is refused
     "noise_scale": "noise",
 }
 EXPERTS_ONLY = {name.replace("-", "_") for name in OPTIONS["experts"]} - {"experts", "hidden"}
+ONE_OPTIMIZER = {"beta1": "adamw", "beta2": "adamw", "skip_idle": "adamw", "momentum": "sgd"}
+EXPERTS_ONLY |= {"skip_idle"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +123,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         for name, option in group.items():
             default = shown.get(name, option.default)
             common = {"default": argparse.SUPPRESS, "help": f"{option.help} ({default})"}
-            if isinstance(option.kind, tuple):
+            if option.kind is bool:
+                common["help"] = option.help
+                section.add_argument(f"--{name}", action="store_true", **common)
+            elif isinstance(option.kind, tuple):
                 section.add_argument(f"--{name}", choices=option.kind, **common)
             else:
                 metavar = {int: "N", float: "X", str: "TEXT"}[option.kind]
@@ -207,6 +215,7 @@ def _start_preset(flags: dict[str, Any], chosen: dict[str, Any]) -> loop.Run:
     _refuse_idle_optimizer(flags, chosen)
     corpus = _corpus(chosen["text"])
     cfg = presets.tiny(chosen["preset"], corpus.vocab_size)
+    cfg = dataclasses.replace(cfg, recompute=chosen["recompute"])
     chosen = DEFAULTS | {"steps": PRESET_STEPS} | flags
     return _keep(chosen, loop.new_run(corpus, cfg, _training(chosen), chosen["dtype"]))
 
@@ -236,6 +245,7 @@ def _model(chosen: dict[str, Any], vocab_size: int) -> ModelConfig:
         activation=None if moe else chosen["activation"],
         norm=chosen["norm"],
         positions=chosen["positions"],
+        recompute=chosen["recompute"],
     )
 
 
@@ -289,7 +299,7 @@ def _balance(text: str) -> tuple:
 
 def _training(chosen: dict[str, Any]) -> TrainingConfig:
     if chosen["optimizer"] == "adamw":
-        knobs = {name: chosen[name] for name in ("beta1", "beta2", "weight_decay")}
+        knobs = {name: chosen[name] for name in ("beta1", "beta2", "weight_decay", "skip_idle")}
         optimizer = AdamW(**knobs)
     else:
         optimizer = SGD(momentum=chosen["momentum"], weight_decay=chosen["weight_decay"])
@@ -327,9 +337,9 @@ def _refuse_idle(flags: dict[str, Any], chosen: dict[str, Any]) -> None:
 
 def _refuse_idle_optimizer(flags: dict[str, Any], chosen: dict[str, Any]) -> None:
     for name in flags:
-        other = {"beta1": "adamw", "beta2": "adamw", "momentum": "sgd"}.get(name)
+        other = ONE_OPTIMIZER.get(name)
         if other and chosen["optimizer"] != other:
             raise ValueError(
-                f"--{name} must come with --optimizer {other}, got {chosen['optimizer']}. "
-                "Leave it out."
+                f"--{name.replace('_', '-')} must come with --optimizer {other}, got "
+                f"{chosen['optimizer']}. Leave it out."
             )

@@ -147,6 +147,8 @@ FLAGS = {
     "--clip 0 --smoothing 0.1 --seed 3": lambda _, training: (
         (training.clip, training.smoothing, training.seed) == (None, 0.1, 3)
     ),
+    "--recompute": lambda cfg, training: cfg.recompute and not training.optimizer.skip_idle,
+    "--skip-idle": lambda cfg, training: training.optimizer.skip_idle and not cfg.recompute,
     "--dtype float64 --warmup 0 --final-rate 0": lambda _, training: training.final_rate == 0,
 }
 

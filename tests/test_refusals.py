@@ -87,6 +87,8 @@ TABLE = [
         ["train", "--preset", "switch", "--momentum", "0.5"],
         r"--momentum must come with .*got adamw",
     ),
+    ([*TRAIN, "--optimizer", "sgd", "--skip-idle"], r"--skip-idle must come with .*adamw, got sgd"),
+    (["train", "--experts", "0", "--skip-idle"], r"--skip-idle must come with experts"),
     ([*TRAIN, "--text", "empty"], r"must hold text, got the empty 'empty'"),
     ([*TRAIN, "--text", "short"], r"must hold at least context \+ 1 \(17\) characters, got 8\."),
     ([*TRAIN, "--text", "latin"], r"must be UTF-8, got byte 0xe9 at offset 3 of 'latin'\. Save"),
