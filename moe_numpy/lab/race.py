@@ -89,14 +89,6 @@ class Process:
         self._errors.close()
 
 
-def race(
-    name_a: str, worker_a: Worker, name_b: str, worker_b: Worker, rounds: int = 7, **knobs: Any
-) -> dict[str, Any]:
-    """Race two workers; the ratio is the time of b over that of a. See `race_all`."""
-    workers = [worker_a._replace(name=name_a), worker_b._replace(name=name_b)]
-    return race_all(workers, rounds, **knobs)
-
-
 def race_all(
     workers: list[Worker], rounds: int, block: float = 0.5, same: bool = True
 ) -> dict[str, Any]:
