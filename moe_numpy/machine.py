@@ -47,11 +47,12 @@ def _c_library(function: str, *numbers: int) -> None:
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
-    """Let `share_out` use `count` threads within the block, each of which multiplies alone.
+    """Let `share_out` use `count` threads within the block, each with matrix products of its own.
 
-    So does the caller, if the count is one: a product that several threads share is rounded in
-    another way. Without the library threadpoolctl the products cannot be held to one thread each,
-    and would fight for the cores: then, as for a count of zero, everything stays as it is.
+    A count of one starts no thread, but holds the caller's products to one all the same: a product
+    that several threads share is rounded in another way. Without the library threadpoolctl the
+    products cannot be held to one thread each, and would fight for the cores: then, as for a count
+    of zero, everything stays as it is.
     """
     limit = one_product_a_thread() if count else None
     if limit is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_numpy.config import (
     ACTIVATIONS,
+    PRIORITIES,
     SGD,
     AdamW,
     Capacity,
@@ -68,7 +69,7 @@ OPTIONS = {
         "overflow": Option(
             ("drop", "next_best", "none"), None, "what happens to choices beyond the capacity"
         ),
-        "priority": Option(("token", "choice", "score"), None, "who is served first"),
+        "priority": Option(PRIORITIES, None, "who is served first"),
         "balance": Option(str, "switch=0.01", "terms as NAME=WEIGHT,..., or none"),
         "bias-rate": Option(float, 0.0, "step of the bias rule, which balances without a loss"),
     },
@@ -84,7 +85,7 @@ OPTIONS = {
         "beta2": Option(float, 0.99, "decay of AdamW's average of squares"),
         "momentum": Option(float, 0.9, "of sgd"),
         "weight-decay": Option(float, 0.1, "decoupled; none on gains and biases"),
-        "skip-idle": Option(bool, False, "AdamW leaves experts alone that had no token in a step"),
+        "skip-idle": Option(bool, False, "AdamW leaves alone experts that had no token in a step"),
         "clip": Option(float, 1.0, "largest gradient norm; 0: no clipping"),
         "smoothing": Option(float, 0.0, "label smoothing"),
         "recompute": Option(bool, False, "compute layers again on the way back, to save memory"),
@@ -103,8 +104,8 @@ NEEDS = {  # a flag that would have no effect is refused
     "noise_scale": "noise",
 }
 EXPERTS_ONLY = {name.replace("-", "_") for name in OPTIONS["experts"]} - {"experts", "hidden"}
-ONE_OPTIMIZER = {"beta1": "adamw", "beta2": "adamw", "skip_idle": "adamw", "momentum": "sgd"}
 EXPERTS_ONLY |= {"skip_idle"}
+ONE_OPTIMIZER = {"beta1": "adamw", "beta2": "adamw", "skip_idle": "adamw", "momentum": "sgd"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -285,9 +285,9 @@ for n in range(N):
 # ### 4.5 One choice
 #
 # With `K = 1` the renormalized gate is `exp(z) / exp(z) = 1`, whatever the logit. And the formula
-# agrees: `m = 1 * dgate`, so `dz = 1 * (dgate - dgate) = 0`. **A renormalized top-1 router gets
-# no gradient from the task, at no logit, for no token, ever.** Raw top-1 gates are alive: 4.3 with
-# `m = p_e dgate` gives `dz_e = p_e (1 - p_e) dgate` for the chosen expert.
+# agrees: `m = 1 * dgate`, so `dz = 1 * (dgate - dgate) = 0`. **A renormalized top-1 router gets no
+# gradient from the loss on its output, at no logit, for no token, ever.** Raw top-1 gates are
+# alive: 4.3 with `m = p_e dgate` gives `dz_e = p_e (1 - p_e) dgate` for the chosen expert.
 #
 # ### 4.6 The slopes as a picture
 #

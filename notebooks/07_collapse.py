@@ -83,7 +83,8 @@ ax = pictures.plot_push(ax)
 
 # %% [markdown]
 # The two curves mirror each other: what the winner gains, the others lose. The push is weak when
-# the router is sure (right end), and also when the gate is tiny (left end).
+# the router is sure (right end), and also when the gate is small (left end; the gate of a chosen
+# expert is never below $1/E$).
 #
 # ### The same with loops
 #
@@ -151,8 +152,9 @@ for ax, (title, values_NE) in zip(axes, titles.items(), strict=True):
 # direction in common, **a push for one token is a push for nearly all**.
 #
 # That closes the loop: being chosen, the expert learns; having learned, it has $u < 0$;
-# with $u < 0$ its logit rises and all others fall; so it is chosen again. An expert that was not
-# chosen has no gradient at all. Here are the four lines about $u$ in numbers.
+# with $u < 0$ its logit rises and all others fall; so it is chosen again. The matrices of an expert
+# that no token chose get no gradient at all; only its logit is moved, and here it falls. Here are
+# the four lines about $u$ in numbers.
 
 # %%
 h, W = rng.standard_normal(4), 0.1 * rng.standard_normal((4, 3))  # hidden units; (4, C) with C = 3
@@ -253,10 +255,11 @@ hundred = rich_get_richer.Trace(*(values[:100] for values in one))
 axes = pictures.plot_rich_get_richer(axes, hundred, "One job: the rich get richer")
 
 # %% [markdown]
-# From left to right: the expert with the largest share gets the largest and steadiest gradient,
-# its loss falls, and the router sends it more. Section 1 also predicts *when* the push begins: at
-# first the sign of $u$ is a coin toss, and once experts have learned, $u < 0$ for most tokens.
-# `pull` is the share of an expert's tokens with $u < 0$.
+# From left to right: the expert with the largest share (black) gets the largest gradient, and one
+# that keeps growing, because more tokens and larger gates feed it; its loss falls, and the router
+# sends it more. Section 1 also predicts *when* the push begins: at first the sign of $u$ is a coin
+# toss, and once experts have learned, $u < 0$ for most tokens. `pull` is the share of an expert's
+# tokens with $u < 0$.
 
 # %%
 pull = np.nan_to_num(one.pull)  # an expert without tokens adds nothing
@@ -325,9 +328,9 @@ for task, steps in [*((task, 600) for task in short), *((task, 2400) for task in
 
 # %% [markdown]
 # The direction decides first. Without it the one job does not collapse in 600 steps; with it even
-# the eight jobs do. The common function works, too, but slowly: after four times as many steps the
-# one job has collapsed around the origin as well, and the eight jobs have not. So if a router of
-# yours collapses, look first at the mean of its inputs.
+# the eight jobs do. The common function feeds the loop too, but slowly: after four times as many
+# steps the one job has collapsed around the origin as well, and the eight jobs have not. So if a
+# router of yours collapses, look first at the mean of its inputs.
 #
 # Now a language model, as in a real MoE: top-1 of 16 experts in two layers, trained on
 # text. All its tokens first need the same job (which characters are frequent at all?), and nothing
@@ -353,8 +356,10 @@ for ax, name in zip(axes, ("no cure", "Switch loss"), strict=True):
 # One seed proves little. So here is every seed of two studies: the language model, and the small
 # layer with nine settings on both tasks. The record of the latter, too, is committed; its runs are
 # longer and learn faster than those above. Noise, capacity and Switch loss are cures, and wait for
-# section 6, as do the hollow dots: what the router chooses once noise and limits are off. (A layer
-# with a single expert has nothing to collapse: it is in the table alone.)
+# section 6, as do the hollow dots: what the router chooses once noise and limits are off. The cures
+# have the same names in both studies, but not the same strength: the language model has learned
+# noise and a Switch loss of weight 0.01, the small layer normal noise of deviation 1 and a weight
+# of 0.1. (A layer with a single expert has nothing to collapse: it is in the table alone.)
 
 # %%
 figure, ax = plt.subplots(figsize=(8.4, 3.6))

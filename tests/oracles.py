@@ -238,6 +238,9 @@ def seat(wished, rankings, prob, places, overflow, priority, rejected=()):
     everyone = [nk for nk in everyone if nk not in rejected]
     if priority == "choice":
         everyone.sort(key=lambda nk: (nk[1], nk[0]))
+    if priority == "bpr":
+        surest = [max(prob[n][e] for e in wished[n]) for n in range(len(wished))]
+        everyone.sort(key=lambda nk: (nk[1], -surest[nk[0]], nk[0]))
     if priority == "score":
         everyone.sort(key=lambda nk: (-prob[nk[0]][wished[nk[0]][nk[1]]], nk))
     using = [list(names) for names in wished]

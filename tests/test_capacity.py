@@ -5,6 +5,7 @@ import oracles
 import pytest
 
 from moe_numpy.config import (
+    PRIORITIES,
     Capacity,
     ImportanceLoss,
     InputJitter,
@@ -18,7 +19,6 @@ from moe_numpy.moe import capacity, layer, router
 from moe_numpy.tree import leaves
 
 OVERFLOWS = ("drop", "next_best")
-PRIORITIES = ("token", "choice", "score")
 POLICIES = [(overflow, priority) for overflow in OVERFLOWS for priority in PRIORITIES]
 
 
@@ -77,6 +77,20 @@ def test_score_order_serves_the_surest_choice_first():
     cfg = Capacity(factor=0.5, priority="score")
     _, plan = capacity.make_plan(wished_NK, np.log(prob_NE), prob_NE, cfg)
     assert accepted(plan).tolist() == [[False, True], [True, False]]
+
+
+def test_batch_prioritized_routing_orders_tokens_by_their_best_and_serves_first_choices_first():
+    # One place with each of four experts. Token 1 is the surest; its second choice is surer than
+    # the first choice of token 2, which goes first all the same.
+    wished_NK = np.array([[0, 1], [0, 2], [2, 3]])
+    prob_NE = np.array([[0.5, 0.3, 0.1, 0.1], [0.55, 0.0, 0.45, 0.0], [0.1, 0.2, 0.4, 0.3]])
+    plans = {}
+    for priority in ("bpr", "score"):
+        cfg = Capacity(factor=2 / 3, priority=priority)
+        _, plan = capacity.make_plan(wished_NK, np.log(prob_NE + 1e-9), prob_NE, cfg)
+        plans[priority] = accepted(plan).tolist()
+    assert plans["bpr"] == [[False, True], [True, False], [True, True]]
+    assert plans["score"] == [[False, True], [True, True], [False, True]]
 
 
 def test_token_order_serves_second_choices_before_later_first_choices_and_choice_order_after():

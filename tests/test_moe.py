@@ -11,6 +11,7 @@ import tiny
 from moe_numpy import tree
 from moe_numpy.config import (
     ACTIVATIONS,
+    PRIORITIES,
     Capacity,
     GaussianNoise,
     ImportanceLoss,
@@ -18,6 +19,7 @@ from moe_numpy.config import (
     LearnedNoise,
     LoadLoss,
     MoEConfig,
+    Shared,
     SoftSlots,
     SwitchLoss,
     ZLoss,
@@ -72,7 +74,7 @@ def agree(x_NC, params, noise, cfg):
 
 # ------------------------------------------------------------------------ against the judge
 @pytest.mark.parametrize("overflow", ["drop", "next_best"])
-@pytest.mark.parametrize("priority", ["token", "choice", "score"])
+@pytest.mark.parametrize("priority", PRIORITIES)
 @pytest.mark.parametrize("k", [1, 2, E])
 @pytest.mark.parametrize("gates", GATES)
 def test_layer_agrees_with_the_judge_under_every_policy(overflow, priority, k, gates):
@@ -197,7 +199,7 @@ def test_ample_capacity_is_no_capacity(k):
     cfg = config(top_k=k, balance=all_terms(None, k))
     x_NC, params, _ = draw(2, cfg)
     free = both_ways(x_NC, params, cfg)
-    policies = itertools.product(("drop", "next_best"), ("token", "choice", "score"))
+    policies = itertools.product(("drop", "next_best"), PRIORITIES)
     for overflow, priority in policies:
         limit = Capacity(factor=float(E), overflow=overflow, priority=priority)
         limited = both_ways(x_NC, params, dataclasses.replace(cfg, capacity=limit))
@@ -594,3 +596,41 @@ def test_what_does_not_fit_together_is_refused(cfg, tokens, noise, words):
     noise = None if noise is None else np.zeros(noise)
     with pytest.raises(ValueError, match=words):
         layer.moe_forward(np.zeros((N, C), dtype), params, tiny.moe(**cfg), noise)
+
+
+PARTS = {
+    "experts.up_ECF": {"activation": "swiglu"},
+    "experts.third_ECF": {"activation": "swiglu3"},
+    "experts.in_EF": {"expert_bias": True},
+    "shared": {"shared": Shared(hidden=4)},
+    "shared.gate_C1": {"shared": Shared(hidden=4, gated=True)},
+    "router.noise_CE": {"noise": LearnedNoise()},
+    "router.bias_E": {"bias_rate": 0.1},
+    "router.offset_E": {"router_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_is_missing_is_refused_by_name(name):
+    plain = {"activation": "swiglu"} if name == "experts.third_ECF" else {}
+    plain = {"shared": Shared(hidden=4)} if name == "shared.gate_C1" else plain
+    with_it, without = layer_of(**PARTS[name]), layer_of(**plain)
+    x_NC = np.ones((5, 4))
+    with pytest.raises(ValueError, match=rf"{name} must be there, .* got NoneType\. Draw"):
+        layer.moe_forward(x_NC, without[1], with_it[0])
+    if name.startswith("router"):  # a bias that stays as it is, or noise that is over, is fine
+        layer.moe_forward(x_NC, with_it[1], without[0])
+    else:
+        with pytest.raises(ValueError, match=rf"{name} must be None, as the configuration"):
+            layer.moe_forward(x_NC, with_it[1], without[0])
+
+
+def test_a_router_of_another_kind_is_refused():
+    (_, params), (slots, _) = layer_of(), layer_of(selection=SoftSlots(), top_k=3)
+    with pytest.raises(ValueError, match=r"of the type SoftParams, .* got RouterParams"):
+        layer.moe_forward(np.ones((5, 4)), params, slots)
+
+
+def layer_of(**knobs):
+    cfg = MoEConfig(**{"num_experts": 3, "top_k": 2, "hidden": 6} | knobs)
+    return cfg, layer.init_moe(np.random.default_rng(0), cfg, 4, "float64")

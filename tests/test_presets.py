@@ -245,7 +245,8 @@ CHANGES = [
     {"gate_weights": "renormalized_kept"},
     *({"capacity": c.Capacity(**part)} for part in (
         *({"factor": 1.5}, {"overflow": "next_best"}, {"priority": "choice"}),
-        *({"priority": "score"}, {"rounding": "floor"}, {"minimum": 3}, {"multiple": 5}),
+        *({"priority": "bpr"}, {"priority": "score"}, {"rounding": "floor"}),
+        *({"minimum": 3}, {"multiple": 5}),
         *({"times_k": False}, {"group": 9}),
     )),
     *({"balance": terms} for terms in (

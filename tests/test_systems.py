@@ -51,6 +51,7 @@ LIMITS = (
     Capacity(factor=0.7),
     Capacity(factor=0.6, priority="choice", rounding="floor", minimum=2),
     Capacity(factor=0.7, priority="score", group=5),
+    Capacity(factor=0.7, priority="bpr", group=5),
     Capacity(factor=1.2, times_k=False, rounding="round", group=4),
     Capacity(factor=0.3, multiple=2, rounding="floor", priority="choice", group=7),
     Capacity(factor=0.7, overflow="next_best"),

@@ -166,6 +166,7 @@ def test_the_two_capacity_conventions_differ_by_the_factor_k():
         ("token", 2, False),
         ("choice", 1, False),
         ("choice", 2, True),
+        ("bpr", 1, True),
         ("score", 1, True),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 from moe_numpy.config.model import ModelConfig
 from moe_numpy.config.moe import ACTIVATIONS, GATED, SCORES, WEIGHTS, MoEConfig
 from moe_numpy.config.parts import (
+    PRIORITIES,
     SELECTIONS,
     TERMS,
     Assignment,
@@ -37,6 +38,7 @@ from moe_numpy.config.training import SGD, AdamW, TrainingConfig
 __all__ = [
     "ACTIVATIONS",
     "GATED",
+    "PRIORITIES",
     "SCORES",
     "SGD",
     "WEIGHTS",

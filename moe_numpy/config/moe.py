@@ -45,7 +45,8 @@ class MoEConfig:
                   "renormalized": divided by their sum over the chosen experts;
                   "renormalized_kept": divided by their sum over those of them that have a place.
                   None picks "renormalized" for top_k >= 2 and "raw" for top_k = 1, whose
-                  renormalized gate is the constant 1 and teaches the router nothing.
+                  renormalized gate is the constant 1 and teaches the router nothing, and under
+                  ExpertChoice.
     gate_scale    factor on all gates.
     gate_on       the expert's "output", or its "input" (Llama 4).
     bias_rate     step of the bias rule that balances without a loss (0: no bias).

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from moe_numpy.config import rules
 
+PRIORITIES = ("token", "choice", "bpr", "score")
+
 
 # ------------------------------------------------------------------------------------------- noise
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +202,9 @@ class Capacity:
                No limit at all is ``capacity=None``.
     priority   "token": tokens are served one by one, each with all its choices (causal);
                "choice": all first choices before any second choice (GShard);
-               "score": the choice with the largest gate probability first.
+               "bpr": the same, and of the tokens that with the largest probability first (V-MoE's
+               batch prioritized routing);
+               "score": the choice with the largest probability first (Megatron's "probs").
     times_k    whether top_k counts in the formula: it does in GShard's paper, V-MoE, MegaBlocks
                and Megatron, and does not in Mesh TensorFlow, Flaxformer and Lingvo.
     group      tokens per routing group: each group of consecutive tokens has places of its own,
@@ -221,7 +225,7 @@ class Capacity:
         who, advice = "Capacity", "Use 1.25, or capacity=None for no limit."
         rules.positive(who, "factor", self.factor, advice)
         rules.one_of(who, "overflow", self.overflow, ("drop", "next_best"))
-        rules.one_of(who, "priority", self.priority, ("token", "choice", "score"))
+        rules.one_of(who, "priority", self.priority, PRIORITIES)
         rules.one_of(who, "rounding", self.rounding, ("ceil", "floor", "round"))
         rules.whole_number(who, "minimum", self.minimum, 0)
         rules.whole_number(who, "multiple", self.multiple, 1)

@@ -25,8 +25,9 @@ def switch_loss_forward(
     its own f and P, and the loss is the mean over tokens of their groups' losses.
 
     Shapes     prob_NE (N, E); expert_NK (N, K) integers, the router's choice before any limit
-               -> loss (): 1 at balance (K undivided), E if one expert gets everything
-    Cache      (share_GE, G groups in rows; group; N)
+               -> loss (): 1 at balance (K undivided), E / K (E undivided) if K experts get all; 1
+               is no minimum: choices and probabilities may disagree
+    Cache      (share_GE with the G groups in rows, tokens of a group, N)
     Source     Fedus et al. 2022, eq. 4 to 6; differs: for K choices f is divided by K, so that the
                balanced value is 1 for every K; groups: Lepikhin et al. 2020, algorithm 1
     """
@@ -174,7 +175,8 @@ def z_loss_forward(logit_NE: Array) -> tuple[Array, Cache]:
 def z_loss_backward(dloss: Array, cache: Cache) -> Array:
     """Undo `z_loss_forward`: dlogit = 2 lse softmax(logit) / N.
 
-    Its entries sum to 2 lse / N: unlike all other terms it moves the common offset of the logits.
+    Its entries sum to 2 lse / N: unlike the terms that see a softmax, it moves the common offset of
+    the logits.
 
     Shapes     dloss () -> dlogit_NE (N, E)
     """

@@ -46,19 +46,20 @@ def make_plan(
     Without a limit every choice gets a row. With one, the choices queue up in the order of
     `capacity.priority`, and each takes a place with its expert while there is one. A choice that
     finds its expert full is dropped, or (overflow "next_best") moves on to the token's best expert
-    that has room and that the token does not use already. Each group of `capacity.group` tokens
-    has places and a queue of its own. Choices that do not ask (`asked_NK`) take no place.
+    that has room and is not one of its other choices, served or not. Each group of `capacity.group`
+    tokens has places and a queue of its own. Choices that do not ask (`asked_NK`) take no place.
 
     With priority "token" no place depends on a later token: within a sequence the routing is
-    causal. (In a batch, all tokens of one sequence come before those of the next.) "choice" and
-    "score" are not causal.
+    causal. (In a batch, all tokens of one sequence come before those of the next.) The others are
+    not causal.
 
     Shapes     expert_NK (N, K) integers, best first; score_NE (N, E) what they were chosen by;
-               prob_NE (N, E) for the priority "score"; asked_NK (N, K) booleans, None for all
-               -> expert_NK (N, K) the experts in use, and the plan; a dropped choice keeps its
-               expert, so that its gate is still defined
+               prob_NE (N, E) for the priorities "bpr" and "score"; asked_NK (N, K) booleans, None
+               for all -> expert_NK (N, K) the experts in use, and the plan; a dropped choice keeps
+               its expert, so that its gate is still defined
     Source     Lepikhin et al. 2020, GShard, algorithm 1 (choice order, drop, groups); Riquelme et
-               al. 2021, V-MoE, section 4 (score); Fedus et al. 2022, appendix B (next best expert)
+               al. 2021, V-MoE, section 4 (bpr); Megatron-LM, its drop policy "probs" (score); Fedus
+               et al. 2022, appendix B (next best expert)
     """
     N, K = expert_NK.shape
     E = prob_NE.shape[1]
@@ -77,15 +78,18 @@ def make_plan(
 
 
 def _queue(expert_NK: Array, prob_NE: Array, priority: str) -> Array:
-    """Order the flat choices n * K + k; equal scores queue in token order."""
+    """Order the flat choices n * K + k; equal probabilities queue in token order."""
     N, K = expert_NK.shape
     flat = xp.arange(N * K)
     if priority == "token":
         return flat
     if priority == "choice":
         return flat.reshape(N, K).T.reshape(-1)
-    prob = xp.take_along_axis(prob_NE, expert_NK, 1).reshape(-1)
-    return xp.argsort(-prob, kind="stable")
+    prob_NK = xp.take_along_axis(prob_NE, expert_NK, 1)
+    if priority == "score":
+        return xp.argsort(-prob_NK.reshape(-1), kind="stable")
+    token_N = xp.argsort(-prob_NK.max(1), kind="stable")  # "bpr"
+    return (token_N * K + xp.arange(K)[:, None]).reshape(-1)
 
 
 def _serve_or_drop(

@@ -276,7 +276,7 @@ def experts_forward(
 
         y = act(x in) out    or, gated,    y = act(x in, x up) out
 
-    "swiglu3" takes a third branch, x third; each product but that adds its bias, if there is one.
+    "swiglu3" multiplies by a third branch, x third. All other products add a bias if there is one.
 
     Shapes     x_RC (R, C), rows sorted by expert; offsets E + 1 integers -> y_RC (R, C)
     Cache      the caches of its parts: x once, 2*R*F numbers (3*R*F gated, 5*R*F swiglu3)

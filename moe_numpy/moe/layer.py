@@ -12,7 +12,7 @@ from numpy.random import Generator
 
 from moe_numpy.backend import Array, Cache, xp
 from moe_numpy.config import Hierarchy, MoEConfig, SoftSlots, rules
-from moe_numpy.moe import dispatch, experts, hierarchy, report, router, routing, shared, soft
+from moe_numpy.moe import dispatch, experts, fit, hierarchy, report, router, routing, shared, soft
 
 
 class MoEParams(NamedTuple):
@@ -52,8 +52,9 @@ def moe_forward(
     gates and places is decided by `routing.route_forward`, or by the two levels of `hierarchy`;
     soft slots replace steps 1, 2 and 4 by weighted means (`soft`).
 
-    ``noise=None`` is evaluation. A token whose choices were all dropped gets zero: in the
-    transformer its residual goes on alone. No tokens at all are fine.
+    ``noise=None`` draws nothing; limits and balanced selections stay, and only `cfg.evaluation()`
+    lifts them. A token whose choices were all dropped gets zero: in the transformer its residual
+    goes on alone. No tokens at all are fine.
 
     Shapes     x_NC (N, C); noise as `router.draw_noise` draws it
                -> y_NC (N, C); aux (), the weighted balance terms; report
@@ -61,7 +62,7 @@ def moe_forward(
     Raises     ValueError if parameters, configuration, tokens and noise do not fit together
     Source     Shazeer et al. 2017, section 2; Fedus et al. 2022, section 2
     """
-    _check(x_NC, params, cfg, noise)
+    fit.check(x_NC, params, cfg, noise)
     if isinstance(cfg.selection, SoftSlots):
         y_NC, aux, facts, cache = _mix_all(x_NC, params, cfg)
     else:
@@ -111,23 +112,6 @@ def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEPar
         dx_router_NC, drouter = route_backward(dgate_NK, daux, route_cache)  # 1.
         dx_NC = dx_NC + dx_router_NC
     return router.plus(dx_shared_NC, dx_NC), MoEParams(drouter, dexperts, dshared)
-
-
-def _check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -> None:
-    in_ECF = params.experts.in_ECF
-    E, C, F = in_ECF.shape
-    if (E, F) != (cfg.num_experts, cfg.hidden):
-        raise ValueError(
-            f"moe_forward: the parameters must be of {cfg.num_experts} experts of hidden width "
-            f"{cfg.hidden}, as the configuration says, got {E} of {F}. Draw them with `init_moe`."
-        )
-    if x_NC.ndim != 2 or x_NC.shape[1] != C or x_NC.dtype != in_ECF.dtype:
-        raise ValueError(
-            f"moe_forward: x must have the shape (tokens, {C}) and the type {in_ECF.dtype}, as the "
-            f"parameters have, got {x_NC.shape} and {x_NC.dtype}. Reshape or convert it."
-        )
-    if noise is not None:
-        router.check_noise(noise, cfg, *x_NC.shape)
 
 
 def _route(cfg: MoEConfig) -> tuple:

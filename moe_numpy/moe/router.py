@@ -90,7 +90,7 @@ def router_forward(
         scale = softplus(x W_noise) + floor  (learned)   or   std  (fixed)
         with input jitter instead: clean = (x * (1 + eps noise)) W,  noisy = clean
 
-    ``noise=None`` is evaluation: noisy = clean.
+    ``noise=None``: noisy = clean.
 
     Shapes     x_NC (N, C); noise (N, E), or (N, C) for jitter
                -> clean_NE, noisy_NE (N, E); scale_NE (N, E), the deviation of the noise on the

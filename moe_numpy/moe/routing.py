@@ -104,8 +104,8 @@ def choose_experts(
     """Choose the experts of every token; a discrete decision without a gradient.
 
     Shapes     rank_NE, prob_NE (N, E); coin_N (N,) from 0 to 1, or None at evaluation
-               -> wished_NK (N, K) integers, best first; asked_NK (N, K) booleans, which of them ask
-               for a place at all, or None for all
+               -> wished_NK (N, K) integers, best first (expert choice: by index); asked_NK (N, K)
+               booleans, which of them ask for a place at all, or None for all
     """
     part, k = cfg.selection, cfg.top_k
     if isinstance(part, ExpertChoice):

@@ -95,8 +95,8 @@ def second_expert_kept(
         "random":      coin < w2 / threshold,    a chance of min(1, w2 / threshold)
         "threshold":   w2 > threshold
 
-    w2 is the second weight of the renormalized pair. Without a coin, at evaluation, "random" keeps
-    all. With the threshold 1/2 the coin is GShard's: 2 w2 > U(0, 1).
+    w2 is the second weight of the renormalized pair. Without a coin (no noise was drawn) "random"
+    keeps all. With the threshold 1/2 the coin is GShard's: 2 w2 > U(0, 1).
 
     Shapes     second_N (N,) w2; coin_N (N,) uniform from 0 to 1, or None -> kept_N (N,) booleans
     Source     Lepikhin et al. 2020, GShard, algorithm 1; Mesh TensorFlow, _top_2_gating

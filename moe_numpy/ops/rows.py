@@ -1,7 +1,7 @@
 """Reductions of rows (the last axis) as matrix products, and work done a block of rows at a time.
 
-NumPy's own reductions of short rows spend most of their time between the rows; its operations on
-large arrays wait for memory, which blocks that stay in a core's cache do not.
+NumPy's own reductions of short rows lose most of their time between the rows. Its operations on
+large arrays wait for memory; on blocks that fit into a core's cache they do not.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def sum_columns(x: Array) -> Array:
 
 
 def maximum(x: Array) -> Array:
-    """Find the largest number of each row; looking for its place is faster than for its size.
+    """Find each row's largest number: argmax and a look-up are faster than max.
 
     Shapes     x (..., C) -> (..., 1)
     """

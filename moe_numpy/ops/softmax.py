@@ -24,8 +24,8 @@ def softmax_forward(z: Array) -> tuple[Array, Cache]:
 def softmax_backward(dp: Array, cache: Cache) -> Array:
     """Undo `softmax_forward`.
 
-    dp_i / dz_j = p_i (delta_ij - p_j), hence dz_j = p_j (dp_j - sum_i p_i dp_i): what raises all
-    probabilities alike has no effect.
+    dp_i / dz_j = p_i (delta_ij - p_j), hence dz_j = p_j (dp_j - sum_i p_i dp_i): a dp that is the
+    same for all gives dz = 0.
 
     Shapes     dp (..., E) -> dz (..., E)
     """
@@ -101,7 +101,7 @@ def sink_softmax_backward(da_BHTS: Array, cache: Cache) -> tuple[Array, Array]:
 
 
 def soft_cap_forward(z: Array, cap: float) -> tuple[Array, Cache]:
-    """Keep logits between -cap and cap, and small ones as they are.
+    """Keep logits between -cap and cap, and small ones nearly as they are.
 
         y = cap * tanh(z / cap)
 

@@ -62,7 +62,8 @@ DEEPSEEK_V3 = Preset(
     paper=Paper(authors="DeepSeek-AI", title="DeepSeek-V3 Technical Report", at="arXiv 2412.19437"),
     idea=(
         "Top-8 of 256 experts by their own sigmoids, within the 4 best of 8 groups. A bias that "
-        "enters the choice alone, moved after each step, balances without a loss of any weight."
+        "enters the choice alone, moved after each step, does the balancing; all that is left of "
+        "the losses is a tiny one for each sequence."
     ),
     model=ModelConfig(
         vocab_size=129_280,

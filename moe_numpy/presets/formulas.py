@@ -139,11 +139,14 @@ def _choice(moe: MoEConfig) -> list[str]:
     if isinstance(part, ExpertChoice):
         return [f"wished: each expert takes its ceil({k} N / {moe.num_experts}) best tokens"]
     if isinstance(part, Assignment):
-        return ["wished_N1 = the assignment of N / E tokens to each expert, of the largest sum"]
+        return [
+            "wished_N1 = the assignment of N / E tokens to each expert with the largest sum of"
+            " noisy_NE"
+        ]
     lines = []
     if isinstance(part, GroupLimited):
-        best = "best expert" if part.score == "max" else "two best experts, summed"
-        lines.append(f"score of a group = {rank} of its {best}")
+        best = f"largest {rank}" if part.score == "max" else f"sum of its two largest {rank}"
+        lines.append(f"score of a group = {best}")
         rank += f" in the {part.kept} best of {part.groups} groups"
     if isinstance(part, Sinkhorn):
         rank = "sinkhorn(noisy_NE)"
@@ -205,7 +208,8 @@ def _places(moe: MoEConfig) -> list[str]:
     first = {
         "token": "token by token",
         "choice": "first choices first",
-        "score": "best scores first",
+        "bpr": "first choices first, most decided tokens first",
+        "score": "most probable choices first",
     }
     full = "asks the next best one; used_NK = who takes it" if _moves_on(limit) else "is dropped"
     return [text, f"served {first[limit.priority]}; who finds an expert full {full}"]

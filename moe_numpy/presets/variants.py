@@ -61,7 +61,9 @@ VMOE = Preset(
         LANGUAGE,
         "differs: the load compares each expert with the others (Shazeer et al.); the code has "
         "one threshold per token, which counts the expert itself.",
-        "differs: places in token order; batch-prioritized routing is Capacity(priority='score').",
+        "differs: places in token order, so that no token sees a later one; the original is "
+        "Capacity(priority='choice'), or 'bpr' with batch prioritized routing.",
+        "differs: evaluation has no limit; the original keeps its own.",
     ),
     notes=("The sizes of the host model are unverified.",),
 )

@@ -15,7 +15,7 @@ BLOCK = 131_072  # numbers updated at a time: their temporaries stay in the cach
 
 
 class OptimizerState(NamedTuple):
-    """Running averages, trees of the parameters' form: momentum, and for AdamW the squares."""
+    """Trees of the parameters' form: AdamW's means of gradients and squares, or SGD's velocity."""
 
     first: tree.Tree
     second: tree.Tree | None
@@ -66,8 +66,8 @@ def update(
     step : counted from 0; corrects the start of AdamW's averages.
     rate : learning rate of this step.
     scale : factor on every gradient (the clipping).
-    share : which of the jobs to do, if others do the rest; with slice(i, None, n) for each i below
-        n all is done, in parts of about equal work.
+    share : the slice of the jobs to do; slice(i, None, n) for i = 0 to n - 1 are all of them
+        together, in parts of about equal work.
     """
     seconds = tree.leaves(state.second)  # none for SGD
     leaves = zip(
@@ -117,7 +117,7 @@ def _adamw(
 
     With the corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t,
         rate (m / c1) / (sqrt(v / c2) + eps) = (rate sqrt(c2) / c1) m / (sqrt(v) + eps sqrt(c2)):
-    all that is corrected are two numbers (Kingma and Ba 2015, the end of section 2).
+    only two numbers need correcting (Kingma and Ba 2015, the end of section 2).
     """
     root2 = math.sqrt(1.0 - cfg.beta2 ** (step + 1))
     rate *= root2 / (1.0 - cfg.beta1 ** (step + 1))

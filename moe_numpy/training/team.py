@@ -36,9 +36,9 @@ class Team:
     A member has the program as it was when the block began. What a step needs of the caller is
     sent to it. Every sum is taken in the order of one process, so the bits are the same.
 
-    Every array of the gradients is added up by one member, its owner. It finds what other members
-    computed in the trees of `grads`, one for each shard that is not its own, in their order. The
-    first of them is of the first or second shard of all, so the sum can take its place.
+    Each array of the gradients is added up by one member, its owner. The others copy their shares
+    of it into `grads`: one tree for each shard that the owner did not compute, in the order of the
+    shards. The first of them belongs to shard 0 or 1, which is read before the sum takes its place.
 
     params, state    the arrays that were given, now in shared memory: train these
     grads            trees of gradients; after `gradients`, the first holds those of the step

@@ -37,7 +37,7 @@ class AttentionParams(NamedTuple):
 
 
 class KeyValues:
-    """The keys and values of the positions seen so far, for generation: S of them so far.
+    """The keys and values of the S positions seen so far, kept for generation.
 
     The arrays are allocated once for the whole context; `append` and `append_one` write into them.
     """
@@ -64,7 +64,7 @@ class KeyValues:
 
 
 def init_attention(rng: Generator, cfg: ModelConfig, dtype: str) -> AttentionParams:
-    """Draw with deviation 0.02; less for the output, which 2 * layers residual branches share.
+    """Draw with deviation 0.02, the output with 0.02 / sqrt(2 * layers): so many branches add up.
 
     Gains start at one, biases and the sinks' logits at zero.
     """
@@ -90,7 +90,7 @@ def init_attention(rng: Generator, cfg: ModelConfig, dtype: str) -> AttentionPar
 def qk_norm_forward(
     x_BHTD: Array, gain: Array | None, kind: str, eps: float = 1e-5
 ) -> tuple[Array, Cache]:
-    """Give queries or keys unit size, so that their product cannot grow without bound.
+    """Give queries or keys a root mean square of one, so that their size cannot make products grow.
 
         y = rms_norm(x, gain) over the D channels of each head            ("head" and "l2")
                               over the H*D channels of all heads together ("full")
@@ -187,14 +187,15 @@ def scores_backward(da_BHTS: Array, cache: Cache) -> tuple[Array, Array, Array |
 def attention_forward(
     x_BTC: Array, params: AttentionParams, cfg: ModelConfig, kv: KeyValues | None = None
 ) -> tuple[Array, Cache]:
-    """Let every position gather values from itself and the positions before it.
+    """Let every position gather values from itself and those before it, or else from all.
 
         q, k, v = x W_q, x W_k, x W_v in heads,    y = concatenate(softmax(q k^T / sqrt(D)) v) W_out
 
+    All positions are seen if ``cfg.causal`` is False.
     With `kv` the keys and values of earlier calls are seen too (generation; no backward then).
     Biases, norms of q and k, and the variants of `scores_forward` come with the configuration.
 
-    Shapes     x_BTC (B, T, C) -> y_BTC (B, T, C); each of G key/value heads serves H / G queries
+    Shapes     x_BTC (B, T, C) -> y_BTC (B, T, C); each of G key/value heads serves H / G heads
     Cache      the inputs of every product, and the weights a_BHTS
     Source     Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023, GQA
     """

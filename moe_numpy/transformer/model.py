@@ -74,8 +74,8 @@ def model_forward(
         x = embedding_scale token[t] + position[t],    x = block(x) for every layer
         logits = logit_scale norm(x) head
 
-    ``noise=None`` is evaluation. With `kv`, one entry per layer, the tokens continue those of
-    earlier calls (generation).
+    ``noise=None`` draws nothing; only `cfg.evaluation()` lifts limits as well. With `kv`, one entry
+    per layer, the tokens continue those of earlier calls (generation).
 
     Shapes     token_BT (B, T) integers -> logits_BTV (B, T, V); aux (), the balance terms of the
                layers summed or averaged; reports
