@@ -1,6 +1,7 @@
 """Configurations say what is wrong with them, and survive the way through JSON."""
 
 import dataclasses
+import fractions
 import itertools
 import json
 import math
@@ -295,3 +296,22 @@ def test_a_weight_of_numpy_keeps_float32(term):
     loss, _, cache = model.loss_forward(token, token, params, cfg, drawn)
     grads = model.loss_backward(np.float32(1.0), cache)
     assert {array.dtype for array in (loss, *tree.leaves(grads))} == {np.dtype("float32")}
+
+
+def test_indices_of_numpy_are_plain_ones_and_nothing_but_whole_numbers_are_indices():
+    cfg = lm(layers=3, moe=moe(), moe_layers=tuple(np.arange(1, 3)), hidden=4)
+    assert json.loads(json.dumps(c.to_dict(cfg)))["moe_layers"] == [1, 2]
+    for odd in (True, 0.0, [0]):
+        with pytest.raises(ValueError, match="moe_layers must be different indices"):
+            lm(layers=3, moe=moe(), moe_layers=(odd,), hidden=4)
+
+
+def test_a_fraction_or_an_array_is_no_setting():
+    with pytest.raises(ValueError, match="weight must be positive"):
+        c.ZLoss(weight=fractions.Fraction(1, 2))
+    with pytest.raises(ValueError, match="activation must be one of"):
+        moe(activation=np.array(["relu", "gelu"]))
+
+
+def test_a_model_of_absurdly_many_layers_is_counted_at_once():
+    assert lm(layers=10**30, moe=moe(), hidden=None).moe_count == 10**30

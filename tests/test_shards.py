@@ -15,7 +15,14 @@ import pytest
 import tiny
 
 from moe_numpy import machine, tree
-from moe_numpy.config import Capacity, LearnedNoise, LoadLoss, SwitchLoss, TrainingConfig
+from moe_numpy.config import (
+    Capacity,
+    LearnedNoise,
+    LoadLoss,
+    SoftSlots,
+    SwitchLoss,
+    TrainingConfig,
+)
 from moe_numpy.ops import rows
 from moe_numpy.training import loop, shards
 from moe_numpy.transformer import model
@@ -337,3 +344,14 @@ def test_a_batch_that_cannot_be_cut_into_equal_shards_is_refused(parts):
     token_BT, target_BT, params, cfg, noise = drawn(tiny.model(tiny.moe()))
     with pytest.raises(ValueError, match=rf"multiple of the shards \({parts}\), got {B} sequences"):
         shards.gradients(token_BT, target_BT, params, cfg, noise, shards=parts)
+
+
+def test_soft_slots_are_added_up_over_shards_like_all_others():
+    soft = tiny.moe(selection=SoftSlots(), top_k=4)
+    cfg = tiny.model(soft, causal=False)
+    params = model.init_model(np.random.default_rng(0), cfg, "float64")
+    token_BT = np.random.default_rng(1).integers(0, cfg.vocab_size, (4, 5))
+    _, halves = shards.gradients(token_BT, token_BT, params, cfg, shards=2)
+    parts = [shards.gradients(part, part, params, cfg)[1] for part in np.split(token_BT, 2)]
+    for found, *each in zip(*map(tree.leaves, (halves, *parts)), strict=True):
+        assert isinstance(found, np.ndarray) and np.allclose(found, sum(each) / 2)

@@ -28,7 +28,7 @@ from moe_numpy.config import (
     SwitchLoss,
     ZLoss,
 )
-from moe_numpy.moe import dispatch, layer, router
+from moe_numpy.moe import dispatch, layer, router, routing, score
 
 N, C, E, F = 13, 5, 6, 3
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
@@ -366,3 +366,44 @@ def test_the_judges_sinkhorn_scaling_ends_with_equal_columns():
     first = Counter(r[0] for r in oracles.sinkhorn_rankings(tokens, Sinkhorn(tolerance=1e-12)))
     plain = Counter(token.ranking[0] for token in tokens)
     assert max(plain.values()) > 2 * max(first.values())
+
+
+# -------------------------------------------------------------------------------- small scores
+LOW = [("sqrt_softplus", z) for z in (-46.0, -79.0, -85.0, -91.0, -120.0, -137.0, -200.0)]
+LOW += [("sigmoid", z) for z in (-46.0, -48.0, -69.0, -75.0)]  # below -80 it is zero
+
+
+@pytest.mark.parametrize(("kind", "z"), LOW)
+def test_shares_of_tiny_scores_have_the_gradient_of_their_differences(kind, z):
+    logit_NE = np.array([[z, z - 0.5, z - 2.0]])
+    dshare_NE = np.array([[1.0, -0.3, 0.2]])
+
+    def value(logit_NE):
+        score_NE, _ = score.score_forward(kind, logit_NE)
+        return (score.share_forward(score_NE)[0] * dshare_NE).sum()
+
+    score_NE, score_cache = score.score_forward(kind, logit_NE)
+    _, share_cache = score.share_forward(score_NE)
+    found_NE = score.score_backward(score.share_backward(dshare_NE, share_cache), score_cache)
+    step = 1e-4
+    wanted = [(value(logit_NE + step * e) - value(logit_NE - step * e)) / (2 * step) for e in I3]
+    assert found_NE[0] == pytest.approx(wanted, rel=1e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("z", [-60.0, -85.0, -95.0, -103.0, -200.0])
+def test_the_slope_of_a_tiny_score_is_half_of_it_in_float32_too(z):
+    y, cache = score.sqrt_softplus_forward(np.full(1, z, "float32"))
+    assert score.sqrt_softplus_backward(np.ones(1, "float32"), cache) == pytest.approx(y / 2)
+
+
+def test_second_experts_of_scores_that_are_zero_are_decided_without_a_warning():
+    cfg = MoEConfig(
+        num_experts=3, top_k=2, hidden=2, score="sqrt_softplus", selection=SecondExpert()
+    )
+    zero_NE = np.zeros((5, 3), "float32")
+    with np.errstate(all="raise"):
+        _, asked_NK = routing.choose_experts(zero_NE, zero_NE, cfg)
+    assert asked_NK[:, 0].all()
+
+
+I3 = np.eye(3)

@@ -1,5 +1,6 @@
 """Attention, the whole model, and generation with kept keys and values."""
 
+import dataclasses
 import itertools
 import math
 
@@ -621,3 +622,45 @@ def test_what_writes_into_the_stream_starts_smaller_the_deeper_the_model():
     own = model.init_model(np.random.default_rng(0), cfg, "float64").blocks[0]
     for w in (own.attention.out_HDC, own.feed.experts.out_EFC):
         assert w.std() == pytest.approx(0.02 / math.sqrt(2 * 8), rel=0.05)
+
+
+CHANGES = {
+    "blocks": {"layers": 3},
+    "token_VC": {"vocab_size": V + 1},
+    "position_TC": {"positions": "rotary"},
+    "head_CV": {"tied": False},
+    "norm.bias_C": {"norm": "rmsnorm"},
+    "blocks.0.q_CHD": {"heads": 1},
+    "blocks.0.k_CGD": {"kv_heads": 1},
+    "blocks.0.sink_H": {"sinks": True},
+    "norms after branches in layer 0": {"sandwich": True},
+    "experts in layer 0": {"moe": EXPERTS, "hidden": None},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_parameters_of_another_configuration_are_refused_by_name(name):
+    cfg = config()
+    other = dataclasses.replace(cfg, **CHANGES[name])
+    with pytest.raises(ValueError, match=f"model_forward: {name} must be .* Draw"):
+        model.model_forward(np.zeros((1, 2), int), draw(0, cfg), other)
+
+
+@pytest.mark.parametrize(("noise", "words"), [((None,), "arrays of noise"), ((1, 1), "without")])
+def test_noise_for_other_layers_is_refused(noise, words):
+    cfg = dataclasses.replace(config(), layers=2)
+    noise = tuple(part and np.zeros((2, 3)) for part in noise)
+    with pytest.raises(ValueError, match=words):
+        model.model_forward(np.zeros((1, 2), int), draw(0, cfg), cfg, noise)
+
+
+def test_the_loss_keeps_the_type_of_the_parameters_and_refuses_an_odd_smoothing():
+    cfg = config()
+    params = model.init_model(np.random.default_rng(0), cfg)
+    token_BT = np.zeros((1, 2), int)
+    _, _, cache = model.loss_forward(token_BT, token_BT, params, cfg)
+    grads = model.loss_backward(np.float64(1), cache)
+    assert {grad.dtype for grad in tree.leaves(grads)} == {np.dtype("float32")}
+    for smoothing in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="0 <= smoothing < 1"):
+            model.loss_forward(token_BT, token_BT, params, cfg, smoothing=smoothing)

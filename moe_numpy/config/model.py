@@ -111,8 +111,8 @@ class ModelConfig:
             rule = "moe_layers needs moe"
             rules.require(self.moe is not None, WHO, rule, self.moe_layers, "Leave it out.")
             rule = f"moe_layers must be different indices from 0 to {self.layers - 1}"
-            inside = set(self.moe_layers) <= set(range(self.layers))
-            fine = inside and 0 < len(self.moe_layers) == len(set(self.moe_layers))
+            fine = all(type(layer) is int and 0 <= layer < self.layers for layer in self.moe_layers)
+            fine = fine and 0 < len(self.moe_layers) == len(set(self.moe_layers))
             rules.require(fine, WHO, rule, self.moe_layers, "Count the layers from 0.")
         for name, idle in (("extra_ffn", False), ("balance_over_layers", "sum")):
             came = getattr(self, name)
@@ -152,7 +152,9 @@ class ModelConfig:
     @property
     def moe_count(self) -> int:
         """Number of layers with experts."""
-        return sum(self.is_moe(layer) for layer in range(self.layers))
+        if self.moe is None:
+            return 0
+        return self.layers if self.moe_layers is None else len(self.moe_layers)
 
     def evaluation(self) -> ModelConfig:
         """Return the model as it is evaluated: no layer limits its experts."""

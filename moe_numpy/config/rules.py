@@ -15,20 +15,22 @@ def require(fine: bool, who: str, rule: str, came: Any, advice: str) -> None:
 
 
 def plain_numbers(config: Any) -> None:
-    """Turn NumPy's numbers among the fields into Python's own.
+    """Turn NumPy's numbers among the fields, and in tuples, into Python's own.
 
     One of float64 would make what it meets float64, and none can be written as JSON.
     """
     for field in dataclasses.fields(config):
         came = getattr(config, field.name)
-        if isinstance(came, Real) and hasattr(came, "item"):
-            object.__setattr__(config, field.name, came.item())  # the fields are frozen
+        if isinstance(came, tuple):
+            came = tuple(map(_plain, came))
+        object.__setattr__(config, field.name, _plain(came))  # the fields are frozen
 
 
 def one_of(who: str, name: str, came: Any, allowed: tuple) -> None:
     """Refuse what is not among the allowed values."""
     choices = ", ".join(repr(choice) for choice in allowed)
-    require(came in allowed, who, f"{name} must be one of {choices}", repr(came), "")
+    fine = isinstance(came, str | None) and came in allowed
+    require(fine, who, f"{name} must be one of {choices}", repr(came), "")
 
 
 def whole_number(who: str, name: str, came: Any, least: int) -> None:
@@ -72,5 +74,9 @@ def positive_weight(term: Any) -> None:
     positive(type(term).__name__, "weight", term.weight, "Leave the term out instead.")
 
 
+def _plain(came: Any) -> Any:
+    return came.item() if isinstance(came, Real) and hasattr(came, "item") else came
+
+
 def _is_number(came: Any) -> bool:
-    return isinstance(came, Real) and not isinstance(came, bool)
+    return isinstance(came, int | float) and not isinstance(came, bool)

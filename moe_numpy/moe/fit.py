@@ -43,7 +43,7 @@ def check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -
             f"parameters have, got {x_NC.shape} and {x_NC.dtype}. Reshape or convert it."
         )
     if noise is not None:
-        router.check_noise(noise, cfg, *x_NC.shape)
+        router.check_noise(noise, cfg, *x_NC.shape, in_ECF.dtype)
 
 
 def _kind_of_router(cfg: MoEConfig) -> type:

@@ -95,6 +95,7 @@ def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEPar
     Shapes     dy_NC (N, C), daux () -> dx_NC (N, C), grads
     """
     cfg, parts, shared_cache = cache
+    daux = xp.asarray(daux, dy_NC.dtype)
     dx_shared_NC, dshared = None, None
     if shared_cache is not None:  # 5.
         dx_shared_NC, dshared = shared.shared_backward(dy_NC, shared_cache)

@@ -59,18 +59,19 @@ def draw_noise(rng: Generator, cfg: MoEConfig, tokens: int, width: int, dtype: s
     return xp.concatenate(columns, axis=1) if columns else None
 
 
-def check_noise(noise: Array, cfg: MoEConfig, tokens: int, width: int) -> None:
-    """Refuse numbers that are not of the shape that `draw_noise` gives them."""
+def check_noise(noise: Array, cfg: MoEConfig, tokens: int, width: int, dtype: str) -> None:
+    """Refuse numbers that are not of the shape and type that `draw_noise` gives them."""
     columns = _columns(cfg, width) + (1 if _draws_second(cfg) else 0)
     if not columns:
         raise ValueError(
             "moe_forward: noise came for a layer with noise=None, "
             f"of shape {noise.shape}. Pass None."
         )
-    if noise.shape != (tokens, columns):
+    if noise.shape != (tokens, columns) or noise.dtype != dtype:
         raise ValueError(
-            f"moe_forward: the noise must have the shape ({tokens}, {columns}), got {noise.shape}. "
-            "Draw it with `draw_noise` for this batch."
+            f"moe_forward: the noise must have the shape ({tokens}, {columns}) and the type "
+            f"{dtype}, got {noise.shape} and {noise.dtype}. Draw it with `draw_noise` for this "
+            "batch."
         )
 
 

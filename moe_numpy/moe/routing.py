@@ -117,6 +117,6 @@ def choose_experts(
     if not isinstance(part, SecondExpert):
         return wished_NK, None
     pair_N2, _ = router.raw_gate_forward(prob_NE, wished_NK)
-    second_N = pair_N2[:, 1] / pair_N2.sum(1)
-    kept_N = selection.second_expert_kept(second_N, part.threshold, part.policy, coin_N)
+    share_N2, _ = score.share_forward(pair_N2)
+    kept_N = selection.second_expert_kept(share_N2[:, 1], part.threshold, part.policy, coin_N)
     return wished_NK, xp.stack((xp.ones_like(kept_N), kept_N), 1)

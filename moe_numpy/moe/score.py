@@ -7,7 +7,7 @@ from moe_numpy.config import MoEConfig
 from moe_numpy.moe import router
 from moe_numpy.ops import activation, softmax
 
-TINY = 1e-20  # keeps a quotient finite where all scores are zero
+TINY = 1e-30  # keeps a quotient finite where all scores are zero
 
 
 def sqrt_softplus_forward(x: Array) -> tuple[Array, Cache]:
@@ -16,21 +16,21 @@ def sqrt_softplus_forward(x: Array) -> tuple[Array, Cache]:
         y = sqrt(log(1 + exp(x)))
 
     Shapes     x (...) -> y (...)
-    Cache      (x, y)
+    Cache      (y,)
     Source     DeepSeek-AI 2026, DeepSeek-V4, section 2.1
     """
     soft, _ = activation.softplus_forward(x)
     y = xp.sqrt(soft)
-    return y, (x, y)
+    return y, (y,)
 
 
 def sqrt_softplus_backward(dy: Array, cache: Cache) -> Array:
-    """Undo `sqrt_softplus_forward`: dy/dx = sigmoid(x) / (2 y).
+    """Undo `sqrt_softplus_forward`: dy/dx = sigmoid(x) / (2 y), sigmoid(x) = 1 - exp(-y^2).
 
-    Shapes     dy (...) -> dx (...)
+    Shapes     dy (...) -> dx (...); zero where y is
     """
-    x, y = cache
-    return activation.softplus_backward(dy, (x,)) / (2.0 * xp.maximum(y, TINY))
+    (y,) = cache
+    return dy * xp.expm1(-y * y) / (-2.0 * xp.where(y > 0, y, 1.0))
 
 
 def score_forward(kind: str, logit_NE: Array) -> tuple[Array, Cache]:
@@ -68,7 +68,7 @@ def score_backward(dscore_NE: Array, cache: Cache) -> Array:
 def share_forward(score: Array) -> tuple[Array, Cache]:
     """Divide scores by their sum.
 
-        share_i = score_i / sum_j score_j    over the last axis
+        share_i = score_i / sum_j score_j    over the last axis, a sum of at least 1e-30
 
     Shapes     score (..., E), not negative -> share (..., E)
     Cache      (share, total)
@@ -82,10 +82,13 @@ def share_forward(score: Array) -> tuple[Array, Cache]:
 def share_backward(dshare: Array, cache: Cache) -> Array:
     """Undo `share_forward`: dscore_i = (dshare_i - <share, dshare>) / sum_j score_j.
 
+    Where the sum is held at its bound it is a constant, and the inner product is left out.
+
     Shapes     dshare (..., E) -> dscore (..., E)
     """
     share, total = cache
-    return (dshare - (share * dshare).sum(-1, keepdims=True)) / total
+    inner = (share * dshare).sum(-1, keepdims=True) * (total > TINY)
+    return (dshare - inner) / total
 
 
 def share_gate_forward(score_NE: Array, expert_NK: Array) -> tuple[Array, Cache]:

@@ -104,7 +104,7 @@ def soft_slots_backward(dx_RC: Array, dcombine_NR: Array, cache: Cache) -> tuple
     dlogit_RN = softmax.softmax_backward(dx_RC @ x_NC.T, (dispatch_RN,))  # 3.
     dlogit_NR = dlogit_NR + dlogit_RN.T
     dunit_NC = dlogit_NR @ unit_RC  # 2., without the scale
-    dscale = (dunit_NC * unit_NC).sum()
+    dscale = xp.asarray((dunit_NC * unit_NC).sum())
     dunit_RC = dlogit_NR.T @ unit_NC
     dx_NC = dx_NC + l2_normalize_backward(scale * dunit_NC, token_cache)  # 1.
     dslots_RC = l2_normalize_backward(scale * dunit_RC, slot_cache)

@@ -9,6 +9,7 @@ from numpy.random import Generator
 from moe_numpy import tree
 from moe_numpy.backend import Array, Cache, memory, to_device, xp
 from moe_numpy.config import ModelConfig, rules
+from moe_numpy.moe import layer as moe_layer
 from moe_numpy.moe import router
 from moe_numpy.moe.report import MoEReport
 from moe_numpy.ops import linear, loss
@@ -85,11 +86,13 @@ def model_forward(
                heads) and 2*F of a GELU MLP, or 2*K*(C + F) of experts; gated ones 3*F for 2*F.
                With `cfg.recompute` a layer leaves only its input there, C numbers
     Raises     ValueError if the tokens are no table, a sequence is empty or longer than the
-               context, or a token is unknown
+               context, a token is unknown, or parameters and noise are not those of the
+               configuration
     Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
     """
     start = 0 if kv is None else kv[0].length
     _check_tokens(token_BT, start, cfg)
+    _check_parameters(params, cfg, noise)
     x_BTC, token_cache = linear.embedding_forward(token_BT, params.token_VC)  # 1. embed
     x_BTC *= cfg.embedding_scale
     if params.position_TC is not None:
@@ -162,9 +165,10 @@ def loss_forward(
     Shapes     token_BT, target_BT (B, T) integers -> loss (); report
     Units      nats per token, plus the weighted balance terms
     Cache      (model cache, cross-entropy cache, shape of the logits)
-    Raises     ValueError if tokens and targets differ in shape
+    Raises     ValueError if tokens and targets differ in shape, or the smoothing is not below 1
     Source     Fedus et al. 2022, section 2.2 (the balance loss is added to the model's)
     """
+    rules.share("loss_forward", "smoothing", smoothing)
     if token_BT.shape != target_BT.shape:
         raise ValueError(
             f"loss_forward: every token needs a target, got tokens of shape {token_BT.shape} and "
@@ -185,6 +189,7 @@ def loss_backward(dloss: Array, cache: Cache) -> ModelParams:
     Shapes     dloss () -> grads
     """
     model_cache, loss_cache, shape = cache
+    dloss = xp.asarray(dloss, model_cache[0].token_VC.dtype)
     dlogits_NV = loss.cross_entropy_backward(dloss, loss_cache)  # 2.
     return model_backward(dlogits_NV.reshape(shape), dloss, model_cache)  # 1.
 
@@ -206,3 +211,41 @@ def _check_tokens(token_BT: Array, start: int, cfg: ModelConfig) -> None:
             f"model_forward: a sequence may have at most {cfg.context} tokens (the context), got "
             f"{length}. Shorten it or build the model with a larger context."
         )
+
+
+def _check_parameters(
+    params: ModelParams, cfg: ModelConfig, noise: tuple[Array | None, ...] | None
+) -> None:
+    """Refuse parameters of another configuration; `moe_forward` looks at those of the experts."""
+    C, G = cfg.width, cfg.kv_heads or cfg.heads
+    learned = (cfg.context, C) if cfg.positions == "learned" else None
+    expected = {
+        "blocks": (len(params.blocks), cfg.layers),
+        "token_VC": (params.token_VC.shape, (cfg.vocab_size, C)),
+        "position_TC": (_shape(params.position_TC), learned),
+        "head_CV": (_shape(params.head_CV), None if cfg.tied else (C, cfg.vocab_size)),
+        "norm.bias_C": (_shape(params.norm.bias_C), (C,) if cfg.norm == "layernorm" else None),
+    }
+    for layer, part in enumerate(params.blocks):
+        heads, of_moe = part.attention, isinstance(part.feed, moe_layer.MoEParams)
+        expected |= {
+            f"blocks.{layer}.q_CHD": (heads.q_CHD.shape, (C, cfg.heads, cfg.head_width)),
+            f"blocks.{layer}.k_CGD": (heads.k_CGD.shape, (C, G, cfg.head_width)),
+            f"blocks.{layer}.sink_H": (_shape(heads.sink_H), (cfg.heads,) if cfg.sinks else None),
+            f"experts in layer {layer}": (of_moe, cfg.is_moe(layer)),
+            f"norms after branches in layer {layer}": (part.norm_1_post is not None, cfg.sandwich),
+        }
+    if noise is not None:
+        expected["arrays of noise"] = (len(noise), cfg.layers)
+        idle = [drawn is not None and not cfg.is_moe(layer) for layer, drawn in enumerate(noise)]
+        expected["noise for layers without experts"] = (any(idle), False)
+    for name, (came, wanted) in expected.items():
+        if came != wanted:
+            raise ValueError(
+                f"model_forward: {name} must be {wanted}, as the configuration says, got {came}. "
+                "Draw parameters and noise for this configuration."
+            )
+
+
+def _shape(leaf: Array | None) -> tuple[int, ...] | None:
+    return None if leaf is None else leaf.shape
