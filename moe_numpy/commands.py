@@ -232,16 +232,20 @@ def bench(options: argparse.Namespace) -> int:
     """Measure how fast this machine trains and writes, alone and against PyTorch."""
     from moe_numpy.lab import bench as study_module
 
-    alone = study_module.why_alone()
     part = options.quick or options.only
     folder = options.out or ("figures/quick" if part else "figures")
     files.require_folder(folder)
-    if alone:
-        _say(options, f"Not raced against PyTorch: {alone}")
+    whom = {"torch": "PyTorch", "transformers": "Transformers"}
+    reasons = {library: study_module.why_not(library) for library in whom}
+    for library, reason in reasons.items():
+        if reason:
+            _say(options, f"Not raced against {whom[library]}: {reason}")
     rounds = options.rounds or (2 if options.quick else 7)
-    plan = study_module.Plan(rounds, options.threads, options.quick, alone is None)
+    there = [reason is None for reason in reasons.values()]
+    plan = study_module.Plan(rounds, options.threads, options.quick, *there)
+    where = sys.stderr if options.json else sys.stdout
     record = study_module.run(
-        plan, tuple(options.only or ()), lambda name: _say(options, f"... {name}")
+        plan, tuple(options.only or ()), lambda name: print(f"... {name}", file=where, flush=True)
     )
     for name, found in study_module.records(record).items():
         path = Path(folder, f"{name}.json")

@@ -426,7 +426,9 @@ def worker(monkeypatch):
 
 @pytest.mark.parametrize("step", plain.TWINS)
 def test_the_twins_of_a_step_take_the_place_of_its_functions(worker, step):
-    assert worker.build({"without": step}) == {"without": step}
+    spec = {"without": step, "work": "layer", "parts": 1, "workers": 2}
+    threads = 1 if step == "slices" else 2  # its threads meet in the products
+    assert worker.build(dict(spec)) == spec | {"workers": threads}
     for name in plain.TWINS[step]:
         [home] = registry._homes(registry.PACKAGES)[name]
         assert getattr(home, name) is worker.TWINS[step][name]
@@ -602,7 +604,7 @@ def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     # What is looked at here is the record, on any machine: no rivals.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "why_alone", lambda: "not in this test")
+        patch.setattr(bench, "why_not", lambda library: "not in this test")
         arguments = ["bench", "--quick", "--rounds", "2", "--threads", "1", "--out", str(folder)]
         patch.setattr(bench, "ABLATION_WORKER", folder / "not in this test either")
         assert commands.main(arguments) == 0
@@ -674,6 +676,15 @@ def test_one_kind_of_row_can_be_asked_for(tmp_path, capsys):
 
 def test_it_says_what_is_missing_for_a_race(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    assert "not installed: torch, transformers" in bench.why_alone()
+    assert "not installed: transformers. Install" in bench.why_not("transformers")
     monkeypatch.setattr(bench, "TORCH_WORKER", tmp_path / "torch_worker.py")
-    assert "of a checkout, which is not here" in bench.why_alone()
+    assert "of a checkout, which is not here" in bench.why_not("torch")
+
+
+@pytest.mark.parametrize(
+    ("torch", "transformers", "rivals"), [(True, True, 2), (True, False, 0), (False, True, 0)]
+)
+def test_each_library_is_raced_if_it_is_there(torch, transformers, rivals):
+    plan = PLAN._replace(torch=torch, transformers=transformers)
+    assert len(plan.rivals("Mixtral")) == rivals
+    assert len(plan.rivals("MoE")) == (5 if torch else 0)

@@ -8,10 +8,10 @@ own sides with one optimization removed, which tell what each one gained, live t
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     threads: int
     quick: bool
     torch: bool
+    transformers: bool = False
 
     @property
     def block(self) -> float:
@@ -51,8 +52,22 @@ class Plan(NamedTuple):
 
     @property
     def processes(self) -> int:
-        """Processes that share out the shards of a step: one for each, where they can be."""
-        return self.shards if sys.platform == "linux" else 1
+        """Processes that share out the shards of a step: one for each, where they can be.
+
+        Without threadpoolctl each would multiply on as many threads as all are to have.
+        """
+        limited = importlib.util.find_spec("threadpoolctl") is not None
+        return self.shards if sys.platform == "linux" and limited else 1
+
+    def rivals(self, name: str) -> list[tuple[str, str, bool]]:
+        """List those of `RIVALS` that are installed."""
+        there = {"PyTorch": self.torch, "Transformers": self.torch and self.transformers}
+        return [rival for rival in RIVALS[name] if there[re.split(r"\W", rival[0])[0]]]
+
+    def race(self, workers: list[Worker], same: bool = True) -> dict[str, Any]:
+        """Race the workers; a quick race does not wait for quiet rounds."""
+        patience = 1 if self.quick else race.PATIENCE
+        return race.race_all(workers, self.rounds, self.block, same, patience)
 
 
 WIDTH = 128  # of the layers
@@ -67,27 +82,30 @@ RIVALS = {
         ("PyTorch, textbook loop", "textbook", False),
         ("PyTorch, sorted rows", "sorted", False),
         ("PyTorch, batched", "batched", False),
+        ("PyTorch, sorted rows, fused AdamW", "sorted", True),
+        ("PyTorch, batched, fused AdamW", "batched", True),
     ),
     "Mixtral": (
         ("Transformers eager", "eager", False),
         ("Transformers, grouped products, fused AdamW", "grouped_mm", True),
     ),
+    "text": (("Transformers generate", "eager", False),),
 }
 
 # What made it fast, and what stands in for it where it is taken back.
 STEPS = {
     "memory": "memory kept, not given back after every step",
-    "shards": "a shard a core, not threads in each product",
+    "shards": "a shard a core (and its process), not threads in products",
     "processes": "a process for each shard, not a thread",
     "float32": "float32, not float64",
     "rows": "sums of rows as products, not NumPy's reductions",
-    "activations": "activations in blocks, not whole arrays",
+    "activations": "activations in blocks and in place, not in whole arrays",
     "blocks": "optimizer in blocks, not whole arrays",
     "gather": "gather on the way back, not np.add.at",
     "slices": "slices of sorted rows, not padded batches",
     "experts": "threads share experts out, not each product",
     "few": "few rows: products of parts, in the faster order",
-    "keys": "keys and values kept, not computed anew",
+    "keys": "keys and values kept (and few calls), not computed anew",
     "alone": "a token alone in few calls, not as a batch of one",
     "block": "weights in one block, not each on its own",
 }
@@ -150,23 +168,21 @@ def text(record: dict[str, Any]) -> str:
     return tables[record["study"]](record)
 
 
-def why_alone() -> str | None:
-    """Tell why there is nothing to race against; None if there is."""
+def why_not(library: str) -> str | None:
+    """Tell why there is no race against a library; None if there is one."""
     if not TORCH_WORKER.exists():
         return "PyTorch's sides are in tests/benchmarks of a checkout, which is not here."
-    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if missing:
-        return f'not installed: {", ".join(missing)}. Install with: pip install -e ".[bench]"'
+    if not importlib.util.find_spec(library):
+        return f'not installed: {library}. Install with: pip install -e ".[bench]"'
     return None
 
 
 def this_machine(torch: bool) -> dict[str, Any]:
     """Describe what the numbers were measured on."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    others = ("torch", "transformers") if torch else ()
-    if importlib.util.find_spec("threadpoolctl"):  # without it our threads meet in the products
-        others = ("threadpoolctl", *others)
-    versions = {name: metadata.version(name) for name in ("numpy", *others)}
+    others = ["threadpoolctl", *(["torch", "transformers"] if torch else [])]
+    found = ["numpy", *(name for name in others if importlib.util.find_spec(name))]
+    versions = {name: metadata.version(name) for name in found}
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -191,9 +207,9 @@ def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     for name, cfg in models(plan.quick).items():
         report(f"training step, {name}")
         workers = [_our_step(plan, cfg)]
-        for label, variant, fused in RIVALS[name] if plan.torch else ():
+        for label, variant, fused in plan.rivals(name):
             workers.append(theirs(label, workers[0], variant=variant, fused=fused))
-        found = race.race_all(workers, plan.rounds, plan.block)
+        found = plan.race(workers)
         facts = race.tell(workers, facts=("products", "bytes"))
         for side, told in zip(found["sides"], facts, strict=True):
             side["peak"] = told["peak"]
@@ -240,7 +256,7 @@ def _taken_back(plan: Plan, whole: Worker, steps: list[str]) -> dict[str, Any]:
     """Race our side as it is against itself without each of the steps."""
     command = (sys.executable, str(ABLATION_WORKER))
     workers = [Worker(STEPS[step], command, whole.spec | {"without": step}) for step in steps]
-    found = race.race_all([whole, *workers], plan.rounds, plan.block)
+    found = plan.race([whole, *workers])
     return {"steps": steps, "threads": plan.threads, **found}
 
 
@@ -274,9 +290,10 @@ def _layers(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
 
 def _layer(plan: Plan, name: str, moe: MoEConfig, tokens: int) -> dict[str, Any]:
     workers = [_our_layer(plan, moe, tokens)]
-    for label, variant, _ in RIVALS["MoE"] if plan.torch else ():
-        workers.append(theirs(label, workers[0], variant=variant))
-    found = race.race_all(workers, plan.rounds, plan.block)
+    for label, variant, fused in plan.rivals("MoE"):
+        if not fused:  # a layer alone has no optimizer
+            workers.append(theirs(label, workers[0], variant=variant))
+    found = plan.race(workers)
     sizes = {"experts": moe.num_experts, "top_k": moe.top_k, "hidden": moe.hidden}
     split = {what: workers[0].spec[what] for what in ("parts", "workers")}
     return {"name": name, **sizes, "tokens": tokens, **split, **found}
@@ -311,16 +328,16 @@ def _overhead(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
         ours("mlp", plan, hidden=2 * hidden, **spec)._replace(name="dense"),
         ours("layer", plan, moe=moe, **spec)._replace(name="8 experts, top-2"),
     ]
-    yield {"name": "overhead", **race.race_all(workers, plan.rounds, plan.block, same=False)}
+    yield {"name": "overhead", **plan.race(workers, same=False)}
 
 
 def _generation(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     report("generation, one thread")
     plan = plan._replace(threads=1)
     workers = [_our_text(plan)]
-    if plan.torch:
-        workers.append(theirs("Transformers generate", workers[0], variant="eager"))
-    found = race.race_all(workers, plan.rounds, plan.block)
+    for label, variant, _ in plan.rivals("text"):
+        workers.append(theirs(label, workers[0], variant=variant))
+    found = plan.race(workers)
     [told, *_] = race.tell(workers[:1], facts=("lengths",))
     yield {
         "name": "Mixtral",
@@ -338,23 +355,20 @@ def _our_text(plan: Plan) -> Worker:
 
 def _imports(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     report("import")
-    uses = "import numpy; b = t(); import moe_numpy; moe_numpy.train, moe_numpy.moe_forward"
-    codes = {"numpy": "import numpy; b = t()", OURS: uses, "torch": "import torch; b = t()"}
-    names = [name for name in codes if plan.torch or name != "torch"]
-    sides = [_import(name, codes[name], plan.rounds) for name in names]
-    yield {"name": "import", "sides": sides}
+    ours = "import moe_numpy; moe_numpy.train, moe_numpy.moe_forward"  # which brings NumPy along
+    codes = {f"{OURS} with NumPy": ours, "numpy": "import numpy"}
+    if plan.torch:
+        codes["torch"] = "import torch"
+    times = [[_import(code) for code in codes.values()] for _ in range(plan.rounds)]
+    sides, rounds = race.summarize(list(codes), times, [0.0] * plan.rounds)
+    yield {"name": "import", "sides": sides, "rounds": rounds}
 
 
-def _import(name: str, code: str, repeats: int) -> dict[str, Any]:
-    """Time an import in fresh processes; of ours, what it takes beyond NumPy."""
-    code = f"from time import perf_counter as t; b = a = t(); {code}; c = t()\n"
-    code += "import json; print(json.dumps([b - a, c - b]))"
-    seconds = []
-    for _ in range(repeats):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-        first, beyond = json.loads(done.stdout)
-        seconds.append(beyond if name == OURS else first)
-    return {"name": name, "milliseconds": race.spread([1e3 * s for s in seconds]), "ratio": None}
+def _import(code: str) -> float:
+    """Time an import in a fresh process, in seconds."""
+    code = f"from time import perf_counter as t; a = t(); {code}; print(t() - a)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    return float(done.stdout)
 
 
 def _cpu() -> str:

@@ -30,7 +30,7 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
         ax.text(ratio["median"], y - 0.18, f"{ratio['median']:.2f}", ha="center", fontsize=8)
     ax.axvline(1.0, color=NEUTRAL, linewidth=0.8, linestyle="--")
     ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set(xscale="log", xlabel="its time / our time (dot: median of rounds, bar: all rounds)")
+    ax.set(xscale="log", xlabel="rival's time / our time (dot: median of rounds, bar: all rounds)")
     _mark_ratios(ax)
     ax.set_ylim(len(names) - 0.5, -0.7)
     ax.set_title(f"Against PyTorch, a training step on {record['threads']} threads and generation")
@@ -38,7 +38,7 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
 
 
 def plot_experts(ax: Axes, record: dict[str, Any], name: str) -> Axes:
-    """Draw what a layer costs over its number of experts: ours in full lines, others in dots."""
+    """Draw what a layer costs over its number of experts: ours thick, top-2 dashed beside top-1."""
     rows = [row for row in record["rows"] if row["row"] == "layer" and row["name"] == name]
     if not rows:
         ax.set_axis_off()
@@ -73,10 +73,11 @@ def plot_shares(ax: Axes, record: dict[str, Any]) -> Axes:
         share = row["products"]["share"]["median"]
         ax.barh(y, share * whole, color=GOOD, label="matrix products alone" if not y else None)
         ax.barh(y, (1 - share) * whole, left=share * whole, color=COLORS[1])
-        ax.text(whole, y, f" {1 / share:.2f} times", va="center", fontsize=8)
+        over = row["products"]["step_over_products"]["median"]
+        ax.text(whole, y, f" {over:.2f} times its products", va="center", fontsize=8)
     ax.barh(0, 0, color=COLORS[1], label="everything else")
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    ax.margins(x=0.2)
+    ax.margins(x=0.35)
     ax.invert_yaxis()
     ax.set_xlabel("a training step (ms)")
     ax.set_title("Where the time goes")
@@ -85,7 +86,7 @@ def plot_shares(ax: Axes, record: dict[str, Any]) -> Axes:
 
 
 def plot_memory(ax: Axes, record: dict[str, Any]) -> Axes:
-    """Draw the largest memory of a process that trains: ours, and the least of PyTorch's."""
+    """Draw the largest memory of all processes that train: ours, and the least of PyTorch's."""
     steps = [row for row in record["rows"] if row["row"] == "step"]
     rows = [row for row in steps if row["sides"][0]["peak"]]  # not every system tells it
     if not rows:
@@ -97,7 +98,7 @@ def plot_memory(ax: Axes, record: dict[str, Any]) -> Axes:
         share = f" {ours:.0f}"
         if others:
             least = min(others)
-            share += f": {ours / least:.2f} of it"
+            share += f" ({ours / least:.2f} of PyTorch's)"
             label = None if y else "PyTorch, the one with least"
             ax.barh(y + 0.2, least, height=0.38, color=COLORS[1], label=label)
             ax.text(least, y + 0.2, f" {least:.0f}", va="center", fontsize=8)

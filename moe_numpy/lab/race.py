@@ -90,13 +90,17 @@ class Process:
 
 
 def race_all(
-    workers: list[Worker], rounds: int, block: float = 0.5, same: bool = True
+    workers: list[Worker],
+    rounds: int,
+    block: float = 0.5,
+    same: bool = True,
+    patience: int = PATIENCE,
 ) -> dict[str, Any]:
     """Let all workers take turns and relate their times to those of the first.
 
     Parameters
     ----------
-    rounds : quiet ones; a busy round is marked and repeated, up to `PATIENCE` times as many in all.
+    rounds : quiet ones; a busy round is marked and repeated, up to `patience` times as many in all.
     block : seconds that a block takes at least, a whole number of repetitions.
     same : whether the values must be equal; False for sides that compute different functions.
 
@@ -117,7 +121,7 @@ def race_all(
         difference = prepare(processes, Path(folder)) if same else None
         repeats = [_warm_up(process, block) for process in processes]
         times, foreign = [], []
-        while sum(share <= BUSY for share in foreign) < rounds and len(times) < PATIENCE * rounds:
+        while sum(share <= BUSY for share in foreign) < rounds and len(times) < patience * rounds:
             turns = [_turn(p, n) for p, n in zip(processes, repeats, strict=True)]
             times.append([seconds for seconds, _ in turns])
             foreign.append(max(share for _, share in turns))

@@ -22,7 +22,7 @@ def build(spec):
     if without in TWINS:
         for name, twin in TWINS[without].items():
             until_the_end.enter_context(registry.swap(name, twin))
-    else:
+    if without in SETTINGS:
         SETTINGS[without](spec)
     return bench_work.build(spec)
 
@@ -55,6 +55,12 @@ def products_of_two_threads(spec):
 def one_order(spec):
     """Multiply few rows as many."""
     experts.FEW = 0
+
+
+def products_of_all_threads(spec):
+    """Without slices there are no experts to share out: a layer's threads meet in the products."""
+    if spec["work"] == "layer" and spec["parts"] == 1:
+        spec["workers"] = 1
 
 
 def double_precision(spec):
@@ -92,6 +98,7 @@ SETTINGS = {
     "float32": double_precision,
     "experts": products_of_two_threads,
     "few": one_order,
+    "slices": products_of_all_threads,
     "keys": nothing_kept,
     "alone": as_a_batch,
     "block": scattered,

@@ -134,7 +134,7 @@ class SortedExperts(StackedExperts):
         """Gather once, multiply slice by slice, undo the sorting once."""
         _, order_M, counts = self.sort(expert_NK)
         token_M = order_M // self.top_k
-        slices = x_NC[token_M].split(counts.tolist())
+        slices = x_NC.index_select(0, token_M).split(counts.tolist())
         done = [
             F.gelu(rows @ w_in, approximate="tanh") @ w_out
             for rows, w_in, w_out in zip(
@@ -144,7 +144,7 @@ class SortedExperts(StackedExperts):
         ]
         back_M = torch.empty_like(order_M)
         back_M[order_M] = torch.arange(len(order_M))
-        y_NKC = torch.cat(done)[back_M].reshape(*expert_NK.shape, -1)
+        y_NKC = torch.cat(done).index_select(0, back_M).reshape(*expert_NK.shape, -1)
         return (y_NKC * gate_NK[..., None]).sum(1)
 
 
@@ -161,10 +161,10 @@ class BatchedExperts(StackedExperts):
         place_M = expert_M * places + rank_M
         token_M = torch.arange(len(expert_M)) // self.top_k
         padded = x_NC.new_zeros(self.experts * places, x_NC.shape[1])
-        padded = padded.index_copy(0, place_M, x_NC[token_M])
+        padded.index_copy_(0, place_M, x_NC.index_select(0, token_M))
         h = F.gelu(padded.reshape(self.experts, places, -1) @ self.w_in, approximate="tanh")
         y = (h @ self.w_out).reshape(self.experts * places, -1)
-        y_NKC = y[place_M].reshape(*expert_NK.shape, -1)
+        y_NKC = y.index_select(0, place_M).reshape(*expert_NK.shape, -1)
         return (y_NKC * gate_NK[..., None]).sum(1)
 
 
