@@ -1,4 +1,4 @@
-"""The ledger of a model: parameters, and work and memory traffic for one token, part by part.
+"""The ledger of a model: parameters, work and memory traffic for one token, memory of a step.
 
 Counted from the configuration alone, in whole numbers; no array is made.
 """
@@ -27,6 +27,11 @@ PARTS = (
     "shared",
     "head",
 )
+# Numbers that a hidden unit leaves for the backward, what the next product reads among them.
+LEFT = {
+    **{"identity": 1, "relu": 1.25, "silu": 2, "gelu_tanh": 2, "gelu": 3, "swiglu": 3, "geglu": 3},
+    **{"clamped_swiglu": 4.5, "swiglu3": 5},  # a boolean is a quarter of a number in float32
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +145,77 @@ def count(
         rows.append(_times(_shared(cfg.moe, cfg.width), cfg.moe_count * halves))
     found = {row.part: row for row in rows}
     return Ledger(context=length, rows=tuple(found.get(part, Row(part=part)) for part in PARTS))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMemory:
+    """Bytes of the arrays of one training step: what its phases leave, and the most at once."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int
+
+
+def step_memory(cfg: ModelConfig, batch: int, moments: int = 2) -> StepMemory:
+    """Count the arrays of a step in float32, of whole sequences in one shard.
+
+    The forward leaves for every token a_l numbers of each layer, and 2 C + V of the last norm and
+    the logits. The peak comes at one of three places:
+        at the loss         sum of a_l + 2 C + 3 V
+        in the last layer   sum of a_l + 2 C + 2 V + t_l,    and the first gradients
+        in the first layer  a_l + t_l,                       and all gradients
+    where t_l is what the backward of a layer makes and drops again: gradients of the scores or of
+    the hidden rows, whichever are more, and some of the stream. With `cfg.recompute` a layer leaves
+    C numbers, and a_l while its backward lasts.
+
+    Parameters
+    ----------
+    batch : sequences of `cfg.context` tokens.
+    moments : averages of the optimizer, 2 for AdamW.
+    """
+    tokens, C, V = batch * cfg.context, cfg.width, cfg.vocab_size
+    left = [_left(cfg, layer) for layer in range(cfg.layers)]
+    made = [_made(cfg, layer) for layer in range(cfg.layers)]
+    kept = [C] * cfg.layers if cfg.recompute else left
+    at_loss = sum(kept) + 2 * C + 3 * V
+    live = left if cfg.recompute else [0] * cfg.layers
+    in_last = sum(kept) + 2 * C + 2 * V + max(map(sum, zip(live, made, strict=True)))
+    in_first = max(map(sum, zip(left, made, strict=True)))
+    parameters = 4 * count(cfg).parameters
+    first = parameters // max(cfg.layers, 1)  # gradients
+    peak = max(4 * tokens * max(at_loss, in_last) + first, 4 * tokens * in_first + parameters)
+    return StepMemory(
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=moments * parameters,
+        activations=round(4 * tokens * (sum(kept) + 2 * C + V)),
+        peak=round((1 + moments) * parameters + peak),
+    )
+
+
+def _left(cfg: ModelConfig, layer: int) -> float:
+    """Count the numbers that a layer leaves for the backward of one token."""
+    C, moe = cfg.width, cfg.moe
+    A, G = (heads * cfg.head_width for heads in (cfg.heads, cfg.kv_heads or cfg.heads))
+    found = 4 * C + 2 * A + 2 * G + cfg.heads * cfg.context * (1 + (cfg.logit_cap is not None))
+    found += (A + G) * (cfg.qk_norm is not None) + 2 * C * cfg.sandwich
+    dense = LEFT[cfg.dense_activation] * (cfg.hidden or 0)
+    if not cfg.is_moe(layer):
+        return found + dense
+    found += moe.top_k * (2 * C + LEFT[moe.activation] * moe.hidden) + 2 * moe.num_experts
+    if moe.shared is not None:
+        found += LEFT[moe.activation] * moe.shared.hidden + C * moe.shared.gated
+    return found + (2 * C + dense) * cfg.extra_ffn
+
+
+def _made(cfg: ModelConfig, layer: int) -> int:
+    """Count the numbers that the backward of a layer makes for one token and drops again."""
+    hidden = 2 * (cfg.hidden or 0)
+    if cfg.is_moe(layer):
+        hidden = 2 * cfg.moe.top_k * (cfg.moe.hidden + cfg.width)
+    return max(2 * cfg.heads * cfg.context, hidden) + 4 * cfg.width
 
 
 def _row(part: str, parameters: int, flops: int = 0) -> Row:

@@ -2,21 +2,21 @@
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import json
 import sys
 import threading
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import tiny
 
-from moe_numpy import commands, config, files, machine, tree
+from moe_numpy import commands, config, files, ledger, machine, tree
 from moe_numpy.backend import xp
 from moe_numpy.classroom import registry
-from moe_numpy.config import MoEConfig
+from moe_numpy.config import MoEConfig, Shared
 from moe_numpy.lab import (
     bench,
     bench_process,
@@ -267,24 +267,39 @@ def test_the_bytes_are_counted_once_each():
     assert 2 * hidden < found["activations"] < 40 * hidden
 
 
-@pytest.mark.parametrize("name", ["dense", "MoE", "Mixtral"])
+MEMORY = {
+    "dense": ("dense", {}, {}),
+    "MoE": ("MoE", {}, {}),
+    "Mixtral": ("Mixtral", {}, {}),
+    "recomputed": ("dense", {"recompute": True}, {}),
+    "recomputed experts": ("Mixtral", {"recompute": True}, {}),
+    "long": ("dense", {"context": 256}, {}),
+    "one layer": ("dense", {"layers": 1}, {}),
+    "many words": ("dense", {"vocab_size": 4096}, {}),
+    "exact gelu": ("dense", {"activation": "gelu"}, {}),
+    "relu": ("dense", {"activation": "relu"}, {}),
+    "sandwich": ("dense", {"sandwich": True}, {}),
+    "shared keys, norms": ("Mixtral", {"kv_heads": 2, "qk_norm": "head"}, {}),
+    "clamped": ("Mixtral", {}, {"activation": "clamped_swiglu"}),
+    "many experts": ("MoE", {}, {"num_experts": 64}),
+    "top-8": ("MoE", {}, {"num_experts": 64, "top_k": 8, "hidden": 64}),
+    "a shared expert": ("MoE", {}, {"shared": Shared(hidden=256)}),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
 def test_the_memory_of_a_step_is_that_of_the_formula(name):
-    """The formula of `model_forward` against the arrays, and both against what was asked for."""
-    cfg = bench.models()[name]
-    run = loop.new_run(bench_work.text(65), cfg, bench_work.training())
-    found, moe = bench_products.bytes_of(run), cfg.moe
-    C, F, K = cfg.width, moe.hidden if moe else cfg.hidden, moe.top_k if moe else 1
-    feed = (3 if moe and moe.gated else 2) * K * F + (2 * K * C if moe else 0)
-    numbers = cfg.layers * (8 * C + cfg.heads * cfg.context + feed)
-    tokens = run.training.batch * cfg.context
-    assert abs(4 * tokens * numbers / found["activations"] - 1) < 0.05
-    loop.take_step(run)
-    tracemalloc.start()
-    loop.take_step(run)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    kept = found["parameters"] + found["optimizer"]  # there before the step
-    assert abs((kept + peak) / sum(found.values()) - 1) < 0.15
+    """The formula of `ledger.step_memory` against the arrays that there are at once."""
+    base, changes, inside = MEMORY[name]
+    cfg = bench.models()[base]
+    moe = cfg.moe and dataclasses.replace(cfg.moe, **inside)
+    cfg = dataclasses.replace(cfg, moe=moe, **changes)
+    run = loop.new_run(bench_work.text(cfg.vocab_size), cfg, bench_work.training())
+    counted, told = ledger.step_memory(cfg, 12), bench_products.bytes_of(run)
+    assert told["parameters"] == counted.parameters == counted.gradients
+    assert told["optimizer"] == counted.optimizer and told["formula"] == counted.peak
+    assert counted.activations == pytest.approx(told["activations"], rel=0.02)
+    assert counted.peak == pytest.approx(told["peak of one shard"], rel=0.15)
 
 
 def test_every_shard_has_gradients_of_its_own():
@@ -620,7 +635,8 @@ def test_the_record_has_every_row_with_its_fields(record):
     steps = [row for row in record["rows"] if row["row"] == "step"]
     assert [row["name"] for row in steps] == ["dense", "MoE", "Mixtral"]
     for row in steps:
-        assert set(row["bytes"]) == {"parameters", "gradients", "optimizer", "activations"}
+        kinds = {"parameters", "gradients", "optimizer", "activations"}
+        assert set(row["bytes"]) == kinds | {"peak of one shard", "formula"}
         assert row["sides"][0]["peak"] > 10e6
         products = row["products"]
         for name in ("step_over_products", "share", "machine_gflops", "step_rate"):

@@ -29,7 +29,7 @@ ROOMS = {
     "moe": GROUND | {"ops"},
     "transformer": GROUND | {"ops", "moe"},
     "training": GROUND | {"ops", "moe", "transformer"},
-    "lab": GROUND | {"ops", "moe", "transformer", "training", "presets"},
+    "lab": GROUND | {"ops", "moe", "transformer", "training", "presets", "ledger"},
     "classroom": GROUND | {"ops", "moe", "transformer"},
     "ledger": {"config"},
     "presets": {"config", "ledger"},

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import statistics
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from moe_numpy import machine, tree
+from moe_numpy import ledger, machine, tree
 from moe_numpy.backend import xp
 from moe_numpy.training import data, loop, team
 from moe_numpy.transformer import model
@@ -133,6 +135,7 @@ def bytes_of(run: loop.Run, crew: team.Team | None = None) -> dict[str, int]:
 
     The activations are what the forward of the whole batch leaves for the backward, each buffer
     counted once; every shard has gradients of its own, and the processes of `crew` exchange some.
+    Beside them the most that a step in one shard asks for at once, counted and by the formula.
     """
     sizes = run.training.batch, run.cfg.context
     token, target = data.sample_batch(np.random.default_rng(0), run.corpus.train, *sizes)
@@ -146,7 +149,21 @@ def bytes_of(run: loop.Run, crew: team.Team | None = None) -> dict[str, int]:
         "gradients": run.training.shards * _bytes(grads) + _bytes(crew and tuple(crew.grads)),
         "optimizer": _bytes(run.state),
         "activations": activations,
+        "peak of one shard": _bytes(run.params) + _bytes(run.state) + peak_of_step(run),
+        "formula": ledger.step_memory(run.cfg, run.training.batch).peak,
     }
+
+
+def peak_of_step(run: loop.Run) -> int:
+    """Count the most bytes that a step in one shard asks for at once."""
+    alone = loop.new_run(run.corpus, run.cfg, dataclasses.replace(run.training, shards=1))
+    loop.take_step(alone)
+    tracemalloc.start()
+    try:
+        loop.take_step(alone)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def buffers(cache: Any) -> dict[int, np.ndarray]:

@@ -114,7 +114,7 @@ def _step_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
     fastest = [name for name in mixtral if "fused" in name]
     yield _least(2, "Mixtral step against its fastest setting", mixtral, fastest, 1.1)
     yield _least(3, "MoE step against the textbook loop", moe, ["PyTorch, textbook loop"], 1.3)
-    best = ["PyTorch, sorted rows", "PyTorch, batched"]
+    best = [name for name in moe if name.startswith(("PyTorch, sorted", "PyTorch, batched"))]
     yield _least(3, "MoE step against the best of sorted and batched", moe, best, 1.1)
 
 
@@ -223,8 +223,11 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
         yield f"a step takes {_spread(found['step_over_products'])} times its products"
         rate = f"{_percent(found['step_rate'])} of {found['machine_gflops']['median']:.0f} GFLOP/s"
         yield f"rate of the products' operations in a step: {rate}, the machine's own"
-        sizes = [f"{name} {count / 2**20:.1f}" for name, count in row["bytes"].items()]
-        yield "MiB: " + ", ".join(sizes)
+        sizes = {name: f"{name} {count / 2**20:.1f}" for name, count in row["bytes"].items()}
+        told = [sizes.pop(name) for name in ("peak of one shard", "formula") if name in sizes]
+        yield "MiB of arrays: " + ", ".join(sizes.values())
+        if told:
+            yield "MiB of arrays at once in a step: " + ", ".join(told)
         if row["shards"] > 1:
             who = "process" if row["processes"] > 1 else "thread"
             split = f"ours in {row['shards']} shards, a {who} each"

@@ -83,7 +83,8 @@ def model_forward(
     Units      logits in nats
     Cache      the caches of the parts; `model_backward` pops the layers' one by one. For a token,
                a layer holds about 8*C + H*T numbers of attention and norms (as many key as query
-               heads) and 2*F of a GELU MLP, or 2*K*(C + F) of experts; gated ones 3*F for 2*F.
+               heads) and 2*F of a GELU MLP, or 2*K*(C + F) of experts; gated ones 3*F for 2*F;
+               all that a configuration adds, and the peak of a step, are in `ledger.step_memory`.
                With `cfg.recompute` a layer leaves only its input there, C numbers
     Raises     ValueError if the tokens are no table, a sequence is empty or longer than the
                context, a token is unknown, or parameters and noise are not those of the
