@@ -1,0 +1,288 @@
+# %% [markdown]
+# # 13 What made it fast
+#
+# Plain NumPy is thought of as slow. This page goes through what made the package about as fast as
+# PyTorch on the same processor, one optimization after the other: the idea, a small calculation or
+# check that you can run, and the gain that was measured.
+#
+# **After this page you can**
+#
+# - say which part of a training step no optimization can take away;
+# - explain each optimization, and why it changes no result (or which one changes it);
+# - read a measured gain with its spread, and tell it from noise.
+#
+# **Builds on** chapter 06 (dispatch and combine). **Time** about 25 minutes of reading; the cells
+# run in seconds. **The key moment** is section 9: what did *not* help.
+
+# %%
+# %matplotlib inline
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import display
+
+from moe_numpy import files
+from moe_numpy.classroom import registry
+from moe_numpy.config import MoEConfig
+from moe_numpy.lab import bench, bench_pictures, bench_report, pictures
+from moe_numpy.lab.rich_get_richer import FIGURES
+from moe_numpy.moe import experts, layer
+from moe_numpy.ops import activation, rows
+
+# %%
+rng = np.random.default_rng(0)
+pictures.use_small_png()
+plt.rcParams.update({"figure.dpi": 88, "figure.constrained_layout.use": True})
+races = files.read_json(FIGURES / "speed.json")
+removals = files.read_json(FIGURES / "speed_steps.json")
+
+# %% [markdown]
+# ## Predict first
+#
+# 1. A training step multiplies matrices, and does much else: norms, softmaxes, activations, the
+#    optimizer. Which share of its time are the matrix products?
+# 2. Which gains more: numbers of half the size (float32 for float64), or two cores for one?
+# 3. An optimizer that works on small blocks, which stay in the cache, should be faster than one
+#    that runs over whole arrays a dozen times. How much?
+
+# %% [markdown]
+# ## 1. How the gains were measured
+#
+# Each optimization is switched off *alone*, everything else stays, and both programs take turns on
+# the same machine: with, without, with, without. The **gain** of a round is the time without it
+# over the time with it: 2 means twice as fast, 1 means no difference. There are several rounds; we
+# print the median gain and, in parentheses, the smallest and the largest. A spread that includes 1
+# proves nothing.
+#
+# The numbers below were read from a record of one machine. `python -m moe_numpy bench` measures
+# yours.
+
+# %%
+print(bench_report.machine_line(removals))
+models = dict(zip(bench_report.row_names(removals), removals["rows"], strict=True))
+
+
+def show(step):
+    print(bench.STEPS[step])
+    for name, row in models.items():
+        found = bench_report.gain(row, step)
+        if found:
+            print(
+                f"    {name:22} {found['median']:5.2f} ({found['low']:.2f} to {found['high']:.2f})"
+            )
+
+
+# %% [markdown]
+# Three models were measured in training (all with 4 layers of width 128: a dense one, one with
+# experts, and a Mixtral-like one with gated experts), one MoE layer alone with 128 experts, and the
+# Mixtral-like model while it writes text.
+#
+# ## 2. The limit: matrix products
+#
+# NumPy hands its matrix products to a library (here OpenBLAS) that is as good at them as anyone.
+# Nothing in Python can make them faster, so they are the limit. How far from it is a step? The
+# benchmark notes every product of a step, and repeats them alone.
+
+# %%
+for row in races["rows"]:
+    if row["row"] == "step":
+        found = row["products"]
+        share, over = found["share"]["median"], found["step_over_products"]["median"]
+        print(
+            f"{row['name']:8} {found['calls']:4} products: {share:.0%} of the step, "
+            f"which takes {over:.2f} times as long"
+        )
+
+# %% [markdown]
+# So even if everything else cost nothing, a step could not become twice as fast. All that follows
+# is about keeping "everything else" small, and about giving the library products that it likes.
+#
+# ## 3. Numbers of half the size
+#
+# A processor adds and multiplies whole registers at once. A register of 512 bits holds 16 numbers
+# of 32 bits, but only 8 of 64 bits; and each number that comes from memory takes half the bytes.
+# NumPy computes in float64 unless all its operands are float32, so **one** careless float64 array,
+# such as noise from `rng.standard_normal(shape)`, slows down everything after it.
+
+# %%
+print((np.ones(3, "float32") * np.ones(3)).dtype, (np.ones(3, "float32") * 2.0).dtype)
+show("float32")
+
+# %% [markdown]
+# A Python number such as `2.0` does no harm; an array (or a NumPy number) of float64 does.
+#
+# ## 4. Rows sorted by expert
+#
+# The experts want different numbers of tokens. A batched product needs the same number for each, so
+# it **pads**: every expert gets as many places as the busiest one. The package sorts the rows by
+# expert instead; the rows of one expert are then a *slice*, and each product is as large as needed.
+
+# %%
+cfg = MoEConfig(num_experts=8, top_k=2, hidden=256)
+params = layer.init_moe(rng, cfg, 128, "float32")
+x_NC = rng.standard_normal((384, 128), dtype="float32")
+y_NC, _, report, cache = layer.moe_forward(x_NC, params, cfg)
+needed, padded = report.load_E.sum(), cfg.num_experts * report.load_E.max()
+print("rows of each expert:", report.load_E)
+print(f"rows in slices: {needed}, rows with padding: {padded}, {padded / needed:.2f} times as many")
+show("slices")
+
+# %% [markdown]
+# The gain is larger than the padding explains: padded rows must also be copied to their places and
+# back, and zeros must be written.
+#
+# ### The way back is a look-up, too
+#
+# In the backward, a token's gradient is the sum over its copies: $dx[n] = \sum_k dx[slot[n, k]]$.
+# "Add each row to where it belongs" is `np.add.at`, a loop over numbers. But every token knows its
+# $k$ rows, so it can *fetch* them, one indexing expression, and add them up.
+
+
+# %%
+def scatter(dx_RC, cache):
+    (plan,) = cache
+    dx_NC = np.zeros((plan.slot_NK.shape[0], dx_RC.shape[1]), dx_RC.dtype)
+    np.add.at(dx_NC, plan.token_R, dx_RC)
+    return dx_NC
+
+
+one = np.ones((), "float32")
+fetched, _ = layer.moe_backward(y_NC, one, cache)
+with registry.swap("dispatch_backward", scatter):
+    scattered, _ = layer.moe_backward(y_NC, one, layer.moe_forward(x_NC, params, cfg)[-1])
+print("equal to rounding:", np.allclose(fetched, scattered, atol=1e-5))
+show("gather")
+
+# %% [markdown]
+# `registry.swap` puts another function in the place of one of the package's, for as long as the
+# block lasts. This is how the benchmark switches off an optimization, and how you can try your own.
+#
+# ## 5. Memory that stays, and memory that is near
+#
+# A step makes and drops hundreds of arrays. The C library gives large ones back to the operating
+# system at once, and the next array must ask for its memory again, page by page, each page filled
+# with zeros first. `machine.keep_memory` asks the C library to keep what is free.
+
+# %%
+show("memory")
+
+# %% [markdown]
+# A core computes far faster than memory delivers, and keeps what it used last in a **cache** of a
+# few megabytes. GELU takes about a dozen passes over its array. Over a large array, every pass
+# waits for memory; over a *block* that fits into the cache, only the first one does. So the passes
+# run block by block (`rows.in_blocks`). The slope that the backward needs is worked out in the same
+# visit, while everything is at hand.
+
+# %%
+numbers = 768 * 512
+print(
+    f"{numbers * 4 / 2**20:.1f} MiB in an array of hidden units, "
+    f"{rows.BLOCK * 4 / 2**20:.2f} MiB in a block"
+)
+h, (slope,) = activation.gelu_tanh_forward(np.linspace(-2, 2, 5, dtype="float32"))
+print("GELU", h.round(3), "slope", slope.round(3))
+show("activations")
+
+# %% [markdown]
+# ## 6. Two cores
+#
+# The library can share one product between cores. For small products that is mostly waiting: the
+# cores meet after every one of them. It is better to give each core its own part of the batch, a
+# **shard**: they meet once, when the gradients are added up.
+
+# %%
+show("shards")
+
+# %% [markdown]
+# Threads of one Python process still wait for each other: between NumPy's calls only one of them
+# may run Python. Processes do not, at the price of copying gradients through shared memory.
+
+# %%
+show("processes")
+
+# %% [markdown]
+# **This one changes the function.** Each shard is routed by itself, so capacity limits and balance
+# losses see one shard at a time. Number of shards: part of the configuration. Who computes them:
+# not one bit of difference.
+#
+# ## 7. Layers with many experts
+#
+# With 128 experts each has a handful of tokens. Its product is so small that the library's
+# preparations (it first copies the matrices into an order of its own) cost more than the
+# arithmetic. Smaller pieces of the matrix skip these preparations. And the threads share out whole
+# experts instead of meeting in every product.
+
+# %%
+few = (rng.standard_normal((64, 128)).astype("float32"), np.arange(0, 65, 16))  # 16 rows each
+w_EIO = rng.standard_normal((4, 128, 512)).astype("float32")
+in_parts, _ = experts.grouped_linear_forward(few[0], w_EIO, tuple(few[1].tolist()))
+plainly = np.concatenate([few[0][16 * e : 16 * e + 16] @ w_EIO[e] for e in range(4)])
+print("equal to rounding:", np.allclose(in_parts, plainly, atol=1e-4))
+show("experts")
+show("few")
+
+# %% [markdown]
+# ## 8. Writing text
+#
+# To write token number $t$, the model needs the keys and values of all tokens before it. They do
+# not change, so they are kept (the **KV cache**); without it, every token costs a pass over the
+# whole text. For a single token, everything but the matrices is tiny, and the *calls* cost more
+# than the arithmetic: `decode.py` is the same forward in as few calls as possible. And the
+# parameters lie in one block of memory, for which the operating system uses large pages.
+
+# %%
+T = 60
+print(f"rows through the model for {T} tokens: {T * (T + 1) // 2} without a cache, {T} with it")
+for step in bench.OF_GENERATION:
+    show(step)
+
+# %% [markdown]
+# The three are not independent: without the cache there is no "single token" either, so the first
+# gain contains the second.
+#
+# ## 9. What did not help
+#
+# Some ideas are in the code although their gain is not to be seen at these sizes. The record says
+# which: here is every gain whose spread includes 1.
+
+# %%
+for name, row in models.items():
+    for step in row["steps"]:
+        found = bench_report.gain(row, step)
+        if found["low"] <= 1 <= found["high"]:
+            print(f"{name:22} {found['median']:.2f}  {bench.STEPS[step]}")
+
+# %% [markdown]
+# Blocks in the optimizer keep its temporaries small, whatever the size of the largest array, and
+# that is why they stay. Sums of rows as products (`rows.sums`) are as short to write as NumPy's
+# own. Neither is kept for its speed.
+#
+# ## 10. The picture
+
+# %%
+display(bench_pictures.steps_figure(removals))
+
+# %% [markdown]
+# ## Exercise
+#
+# Your turn: write `dots`, the scalar product of each row of `x` with the same row of `y`, in a way
+# of your own, put it in the place of the package's, and see that the layer's output stays the same.
+# Then measure both: `%timeit` in a cell of your own. Which shapes favor which?
+
+
+# %%
+def my_dots(x, y):
+    return (x * y).sum(-1, keepdims=True)  # one way; find another
+
+
+with registry.swap("dots", my_dots):
+    y_mine, *_ = layer.moe_forward(x_NC, params, cfg)
+print("equal to rounding:", np.allclose(y_mine, y_NC, atol=1e-5))
+
+# %% [markdown]
+# ## Where to go next
+#
+# - `python -m moe_numpy bench` measures all this on your machine, and beside PyTorch if you install
+#   the extra `bench`. Take away what runs beside it: noise is the enemy of small gains.
+# - `tests/benchmarks/plain.py` holds the plain twin of each optimized function. They are the
+#   judges: the tests compare both.
+# - Gale et al. 2022, *MegaBlocks*, makes the same point about padding on a GPU.
