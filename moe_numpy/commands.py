@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     0 fine, 1 refused or failed, 2 misspelt or without the backend asked for, 130 stopped.
     """
     options = _parser().parse_args(arguments)
+    with contextlib.suppress(AttributeError):  # what a terminal cannot show becomes a question mark
+        sys.stdout.reconfigure(errors="replace")
     try:
         with backend.use_backend(getattr(options, "backend", "numpy")):
             return options.run(options)
@@ -341,7 +343,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         collapse,
-        "train with and without noise and capacity limits, draw the collapse",
+        "train with and without cures (noise, capacity limits, a balance loss), draw the collapse",
         more="Takes one to three minutes; --quick shows the same in a fraction of it.",
     )
     sub.add_argument("--quick", action="store_true", help="fewer steps and seeds, own folder")

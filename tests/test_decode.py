@@ -241,7 +241,7 @@ def test_generation_uses_whatever_is_swapped(name):
 
 # ------------------------------------------------------------------------------------------- gain
 def test_it_is_kept_because_it_gains(monkeypatch):
-    """The house asks for a gain of 1.15; the file promises two thirds of the plain path's time."""
+    """The file promises about a third of the plain path's time; two thirds leave room for noise."""
     cfg = bench.models()["Mixtral"]
     params = model.init_model(np.random.default_rng(0), cfg)
 

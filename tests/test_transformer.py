@@ -664,3 +664,19 @@ def test_the_loss_keeps_the_type_of_the_parameters_and_refuses_an_odd_smoothing(
     for smoothing in (1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match="0 <= smoothing < 1"):
             model.loss_forward(token_BT, token_BT, params, cfg, smoothing=smoothing)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "knobs", "words"),
+    [
+        ([[0, 1]], 2, {}, r"one row, got the shape \(1, 2\)"),
+        ([0], -1, {}, "tokens must be a whole number"),
+        ([0], 1.5, {}, "tokens must be a whole number"),
+        ([0], 2, {"top_k": 1.5}, "top_k must be at least 1, got 1.5"),
+        ([0], 2, {"temperature": "1"}, "temperature must be zero or positive, got '1'"),
+    ],
+)
+def test_generation_refuses_what_is_of_another_kind(prompt, tokens, knobs, words):
+    cfg = config()
+    with pytest.raises(ValueError, match=words):
+        generation.generate(np.array(prompt), draw(0, cfg), cfg, tokens, **knobs)

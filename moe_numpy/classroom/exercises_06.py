@@ -136,7 +136,7 @@ def check_sigmoid_gate_backward(fn: Callable) -> str:
             _scatter(gate_NK * inner_NK, expert_NK)
         ),
         "the slope of the sigmoid, s (1 - s), is missing": _scatter(inner_NK / sum_N1, expert_NK),
-        "the gates were not divided by their sum, here they are": (
+        "this is the gradient of sigmoid gates that nothing divides; these are divided": (
             _scatter(dgate_NK * slope_NK, expert_NK)
         ),
         "the division by the sum is missing in front of the bracket": (
@@ -225,7 +225,7 @@ def _cause(
         return "the sign is turned around"
     factor = float((answer * right).sum() / (right * right).sum())
     if _equal(answer, factor * right):
-        return f"everything is {factor:.4g} times too large"
+        return f"everything is {factor:.4g} times what it should be"
     if expert_NK is not None:
         unchosen = np.ones(right.shape, bool)
         np.put_along_axis(unchosen, expert_NK, False, 1)

@@ -35,7 +35,8 @@ class _Slopes(NamedTuple):
 def _probe(point: Point, leaf: np.ndarray, rng: np.random.Generator, dense: bool) -> _Slopes:
     """Estimate the derivative along every element, or along a few random directions.
 
-    A probe that changes a decision is drawn again: another direction, later also a smaller step.
+    A probe that changes a decision is repeated: an element with a smaller step, a random direction
+    with another direction first.
     """
     directions = np.eye(leaf.size) if dense else np.empty((DIRECTIONS, leaf.size))
     values, redrawn = np.full(len(directions), np.nan), 0

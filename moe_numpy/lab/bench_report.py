@@ -11,7 +11,7 @@ FLAT = 1.25  # a token in the second half of a text may take so many times one i
 
 
 class Verdict(NamedTuple):
-    """An aim of the benchmark: `line` of the list, `measured` in words, and whether it is `met`.
+    """An aim of the benchmark: its number, `measured` in words, and whether it is `met`.
 
     None: that was not measured.
     """
@@ -72,7 +72,7 @@ def gain(row: dict[str, Any], step: str) -> dict[str, float] | None:
 
 def summary(record: dict[str, Any]) -> str:
     """Write the ratios to every rival of training and writing as a table in Markdown."""
-    lines = ["| | time (ms) | ours (ms) | ratio | rounds |", "|---|---|---|---|---|"]
+    lines = ["| | rival (ms) | ours (ms) | ratio | rounds |", "|---|---|---|---|---|"]
     for row in record["rows"]:
         if row["row"] in ("step", "generation"):
             threads = row.get("threads", record["threads"])
@@ -81,6 +81,21 @@ def summary(record: dict[str, Any]) -> str:
                 times = f"{side['milliseconds']['median']:.4g} | {_first(row):.4g}"
                 ratio = _spread(side["ratio"])
                 lines.append(f"| {title}: {side['name']} | {times} | {ratio} | {row['rounds']} |")
+    return "\n".join(lines)
+
+
+def layer_summary(record: dict[str, Any]) -> str:
+    """Write what a layer costs beside its fastest rival as a table in Markdown."""
+    lines = ["| top-2 layer | fastest rival (ms) | ours (ms) | ratio | rounds |"]
+    lines.append("|---|---|---|---|---|")
+    for row in _rows(record, "layer"):
+        if row["top_k"] == 2:
+            title = (
+                f"{row['experts']:,} experts of hidden {row['hidden']}, {row['tokens']:,} tokens"
+            )
+            side = min(row["sides"][1:], key=lambda side: side["ratio"]["median"])
+            times = f"{side['milliseconds']['median']:.4g} ({side['name']}) | {_first(row):.4g}"
+            lines.append(f"| {title} | {times} | {_spread(side['ratio'])} | {row['rounds']} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The collapse study: the same tiny language model with and without noise and capacity limits.
+"""The collapse study: the same tiny language model with and without cures against collapse.
 
 Every run of a seed starts from the same parameters and sees the same batches; only the cure
 differs. Two loads are told apart. The load in training is what the experts were given, after noise

@@ -25,7 +25,7 @@ def balanced_assignment(score_NE: Array) -> Array:
 
         maximize sum_n score[n, expert[n]]    with floor(N / E) to ceil(N / E) tokens per expert
 
-    Exact: no other assignment has a larger sum. Of equal sums it takes one and always the same.
+    Exact: no other assignment has a larger sum. Of equal sums it always takes the same.
     Plain Python on host numbers, which cross in one piece each way; N may be less than E, or 0.
 
     Shapes     score_NE (N, E) -> expert_N (N,) integers

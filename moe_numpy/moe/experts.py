@@ -21,7 +21,7 @@ from moe_numpy.ops import activation
 # OpenBLAS multiplies small matrices as they lie. Larger ones it first copies into an order of its
 # own, which costs more than a product of few rows does; parts of them are small again. For a
 # handful of rows `dot` costs less per call, and other threads wait less for Python. With FEW = 0
-# all this is off; the benchmark's "few rows" says what it gains.
+# all this is off; what it gains is the step "few" of figures/speed_steps.json.
 HANDFUL, FEW = 9, 32  # rows of an expert
 CUT = 4  # parts of its matrix, at most
 
@@ -279,7 +279,8 @@ def experts_forward(
     "swiglu3" multiplies by a third branch, x third. All other products add a bias if there is one.
 
     Shapes     x_RC (R, C), rows sorted by expert; offsets E + 1 integers -> y_RC (R, C)
-    Cache      the caches of its parts: x once, 2*R*F numbers (3*R*F gated, 5*R*F swiglu3)
+    Cache      the caches of its parts: x once, and for each hidden unit of a row as many numbers as
+               `ledger.LEFT` lists for its activation (2 for GELU, 3 for SwiGLU)
     Source     Shazeer et al. 2017, section 3.1; gated: Jiang et al. 2024, Mixtral, section 2.1
     """
     a_RF, in_cache = expert_linear_forward(x_RC, params.in_ECF, params.in_EF, offsets)  # 1. widen

@@ -51,7 +51,7 @@ def mlp_forward(x: Array, params: MLPParams, kind: str) -> tuple[Array, Cache]:
     "swiglu3" takes a third branch, x third.
 
     Shapes     x (..., C) -> y (..., C)
-    Cache      the caches of its parts: x once, 2 times the hidden rows (3 gated, 5 swiglu3)
+    Cache      the caches of its parts: x once, and of each hidden unit what `ledger.LEFT` lists
     Source     Vaswani et al. 2017, section 3.3; gated: Shazeer 2020, GLU Variants
     """
     a, in_cache = linear.linear_forward(x, params.in_CF)  # 1. widen

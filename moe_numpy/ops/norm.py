@@ -62,9 +62,10 @@ def layer_norm_forward(
 def layer_norm_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     """Undo `layer_norm_forward`.
 
-    With q = gain * dy: shifting or stretching the row x leaves unit as it is, so the two directions
-    (ones and unit) are taken out of q:
-        dx = r (q - mean(q) - unit mean(q * unit)).
+    With q = gain * dy and d = x - mean(x), so that unit = d r and dr/dd_j = -r^3 d_j / C:
+        dd = r (q - unit mean(q * unit)).
+    Centering takes the mean out, and that of unit is zero:
+        dx = dd - mean(dd) = r (q - mean(q) - unit mean(q * unit)).
 
     Shapes     dy (..., C) -> dx (..., C), dgain_C (C,), dbias_C (C,)
     """

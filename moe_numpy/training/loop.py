@@ -139,6 +139,8 @@ def train(
         if the loss or the gradient is no longer finite; the last checkpoint stays as it is. Or if
         a number is not positive, there are more processes than shards, or processes cannot share
         memory here.
+    ChildProcessError
+        if another process ended before its answer.
     KeyboardInterrupt
         after Ctrl-C, once the step in progress is complete and the checkpoint is written.
     """
@@ -197,7 +199,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the loss over consecutive windows of `ids`, without noise and without limits.
 
-    Raises     ValueError if `batch`, the windows that are computed together, is not positive
+    Raises     ValueError if `batch`, the windows that are computed together, is not positive, or
+               there is not one whole window
     """
     rules.whole_number("evaluate", "batch", batch, 1)
     cfg = cfg.evaluation()
@@ -273,7 +276,10 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
 
 
 def load_model(path: str | Path) -> tuple[model.ModelParams, ModelConfig, str]:
-    """Read the parameters, the configuration and the alphabet of a checkpoint."""
+    """Read the parameters, the configuration and the alphabet of a checkpoint.
+
+    Raises     ValueError if the file is no checkpoint, or its parts do not fit together
+    """
     arrays, meta = checkpoint.load_checkpoint(path, only="params.")
     with checkpoint.whole("load_model", path):
         cfg, alphabet = config.from_dict(meta["config"]), str(meta["alphabet"])

@@ -1,10 +1,10 @@
 """One token through the model: what generation does for all tokens but those of a long prompt.
 
 For a single token everything but the matrices is short, and the calls cost more than the
-arithmetic. This is `model_forward` with as few calls as possible, in less than two thirds of its
-time, for the models that `supports` names. Most of what is left goes to the matrices: one token
-reads them from memory and uses each number once (which is why `init_model` and `load_model` lay the
-parameters out in one block).
+arithmetic. This is `model_forward` with as few calls as possible, in about a third of its time
+(figures/speed_steps.json), for the models that `supports` names. Most of what is left goes to the
+matrices: one token reads them from memory and uses each number once (which is why `init_model` and
+`load_model` lay the parameters out in one block).
 
 Left out is what one token does not need: no mask (nothing is in its future), no plan (no other
 choice waits for a place), no noise, limit, balance term or report (generation has none), and no
@@ -47,7 +47,7 @@ class Ready(NamedTuple):
 def supports(cfg: ModelConfig) -> bool:
     """Tell whether `next_logits` covers a model; the others are left to `model_forward`.
 
-    It covers the plain top k and that in the best groups, shared experts, all scores and gates on
+    It covers plain top-k and top-k in the best groups, shared experts, all scores and gates on
     the output, both norms, both kinds of positions, and shared keys and values. On a GPU it covers
     nothing: Python looks at the scores, and would wait for the device in every layer.
     """

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from numbers import Integral, Real
 
 from numpy.random import Generator, default_rng
 
 from moe_numpy.backend import Array, on_host, to_device, to_host, xp
-from moe_numpy.config import ModelConfig
+from moe_numpy.config import ModelConfig, rules
 from moe_numpy.ops import linear, softmax
 from moe_numpy.transformer import attention, decode, model
 
@@ -30,6 +31,11 @@ def sampling_probabilities(
     Returns
     -------
     array (V,), summing to one
+
+    Raises
+    ------
+    ValueError
+        if a knob is out of range.
     """
     _check_sampling(temperature, top_k, top_p)
     logits_V = logits_V.astype("float64")
@@ -84,10 +90,14 @@ def generate(
         )
     _check_sampling(temperature, top_k, top_p)
     prompt_T = to_host(prompt_T)
-    history = [int(token) for token in prompt_T]
-    if not history:
+    if prompt_T.ndim != 1:
+        shape = prompt_T.shape
+        raise ValueError(f"generate: the prompt must be one row, got the shape {shape}. Take one.")
+    if not prompt_T.size:
         raise ValueError("generate: the prompt must hold at least one token, got none. Give one.")
+    rules.whole_number("generate", "tokens", tokens, 0)
     linear.check_vocabulary("generate", prompt_T, cfg.vocab_size)
+    history = [int(token) for token in prompt_T]
     knobs = (temperature, top_k, top_p)
     cfg = dataclasses.replace(cfg.evaluation(), recompute=True)  # no layer's cache is kept
     return _continue(history, params, cfg, tokens, default_rng(rng), knobs)
@@ -144,14 +154,16 @@ def _require_finite(number: float) -> None:
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
-    if not 0 <= temperature < float("inf"):
+    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
         raise ValueError(
-            f"generate: temperature must be zero or positive, got {temperature}. "
+            f"generate: temperature must be zero or positive, got {temperature!r}. "
             "Use 0 for the most likely token, 1 for the model's own distribution."
         )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k must be at least 1, got {top_k}. Leave it out for all.")
-    if not 0 < top_p <= 1:
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+        raise ValueError(
+            f"generate: top_k must be at least 1, got {top_k!r}. Leave it out for all."
+        )
+    if not isinstance(top_p, Real) or not 0 < top_p <= 1:
         raise ValueError(
             f"generate: top_p must satisfy 0 < top_p <= 1, got {top_p}. Use 1 for all."
         )
