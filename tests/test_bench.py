@@ -690,6 +690,21 @@ def test_one_kind_of_row_can_be_asked_for(tmp_path, capsys):
     assert "import" in capsys.readouterr().out
 
 
+def test_a_part_has_a_folder_of_its_own_and_as_many_rounds_as_asked_for(
+    record, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    plans = []
+    monkeypatch.setattr(plots, "save", lambda *_: None)
+    monkeypatch.setattr(bench, "run", lambda plan, *_: plans.append(plan) or record)
+    for flags, folder in (([], ""), (["--quick"], "quick"), (["--only", "import"], "quick")):
+        assert commands.main(["bench", "--rounds", "5", *flags]) == 0
+        path = tmp_path / "figures" / folder / "speed.json"
+        assert files.read_json(path) == record
+        path.unlink()
+    assert [plan.rounds for plan in plans] == [5] * 3
+
+
 def test_it_says_what_is_missing_for_a_race(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     assert "not installed: transformers. Install" in bench.why_not("transformers")

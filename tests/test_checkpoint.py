@@ -141,6 +141,17 @@ def test_the_older_file_stays_in_place_while_the_new_one_is_written(written):
     only(written.parent, "run.npz")
 
 
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_older_one(written, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *given, name=name, real=real: done.append(name) or real(*given)
+        )
+    files.write_json(written, [1])
+    assert done == ["fsync", "replace"]
+
+
 def test_folders_on_the_way_are_made(tmp_path):
     path = tmp_path / "a" / "b" / "record.json"
     files.write_json(path, {"x": [1, 2.5, None]})
@@ -335,6 +346,7 @@ def test_a_run_that_lacks_something_or_holds_something_else_is_refused(entries, 
         *({name: None} for name in ("config", "dtype", "alphabet")),
         {"config": [1]},
         {"alphabet": "ab"},
+        {"alphabet": tiny.corpus().alphabet + "!"},
     ],
     ids=str,
 )
@@ -360,6 +372,12 @@ def test_a_tree_is_rebuilt_from_as_many_leaves_as_it_has():
     for count in (2, 4):
         with pytest.raises(ValueError, match=f"3 leaves need as many replacements, got {count}"):
             tree.from_leaves((1.0, (2.0, None), 3.0), [0.0] * count)
+
+
+@pytest.mark.parametrize("trees", [((1.0, None), (1.0, 2.0)), ((1.0, 2.0), (1.0, None))])
+def test_an_array_has_no_partner_where_another_tree_has_none(trees):
+    with pytest.raises(ValueError, match="a leaf is None in one tree and an array in another"):
+        tree.map(lambda *leaves: sum(leaves), *trees)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_numpy import commands, files
+from moe_numpy import commands, files, ledger, settings
 from moe_numpy.classroom import registry
 from moe_numpy.lab import collapse
 from moe_numpy.ops import softmax
@@ -137,12 +137,16 @@ FLAGS = {
     "--balance none": lambda cfg, _: cfg.moe.balance == (),
     "--balance z,switch=0.5": lambda cfg, _: [t.weight for t in cfg.moe.balance] == [0.001, 0.5],
     "--bias-rate 0.1": lambda cfg, _: (cfg.moe.bias_rate, cfg.moe.balance) == (0.1, ()),
+    "--bias-rate 0.1 --balance z": lambda cfg, _: [t.weight for t in cfg.moe.balance] == [0.001],
     "--top-k 1 --gate-weights renormalized": lambda cfg, _: cfg.moe.renormalized,
     "--positions rotary --norm rmsnorm --head untied": lambda cfg, _: (
         (cfg.positions, cfg.norm, cfg.tied) == ("rotary", "rmsnorm", False)
     ),
     "--kv-heads 1 --activation swiglu": lambda cfg, _: (cfg.kv_heads, cfg.moe.gated) == (1, True),
     "--optimizer sgd --momentum 0.5": lambda _, training: training.optimizer.momentum == 0.5,
+    "--optimizer sgd --weight-decay 0.3": lambda _, training: (
+        training.optimizer.weight_decay == 0.3
+    ),
     "--beta1 0.5 --weight-decay 0": lambda _, training: training.optimizer.weight_decay == 0,
     "--clip 0 --smoothing 0.1 --seed 3": lambda _, training: (
         (training.clip, training.smoothing, training.seed) == (None, 0.1, 3)
@@ -162,6 +166,24 @@ def test_every_flag_reaches_the_configuration(flags, monkeypatch, capsys):
     found = loop.load_run("o/checkpoint.npz", commands.settings._corpus("text"))
     assert FLAGS[flags](found.cfg, found.training)
     assert ("float64" in flags) == (found.params.token_VC.dtype == np.float64)
+
+
+def described(**flags):
+    return settings.describe(settings.start({"text": "text", "experts": 4, **flags}))
+
+
+def test_train_says_how_many_parameters_a_token_uses():
+    counted = ledger.count(settings.start({"text": "text", "experts": 4}).cfg)
+    assert counted.active < counted.parameters
+    words = f"{counted.parameters:,} parameters, {counted.active:,} active per token"
+    assert words in described()
+
+
+@pytest.mark.parametrize(
+    ("top_k", "weights", "noted"), [(1, "renormalized", True), (1, "raw", False), (2, None, False)]
+)
+def test_train_warns_of_gates_that_are_all_one_and_of_no_others(top_k, weights, noted):
+    assert ("gates are all 1" in described(top_k=top_k, gate_weights=weights)) == noted
 
 
 # ---------------------------------------------------------------------------------------- generate
@@ -200,6 +222,12 @@ def test_generate_without_options_works_for_a_text_without_new_lines(capsys, els
     assert main(capsys, "generate", "--prompt", "\u03b1", "--tokens", 9).out[0] == "\u03b1"
 
 
+def test_generate_begins_a_new_line_where_the_text_has_lines(capsys):
+    Path("text").write_text("a\tb\n" * 100)
+    main(capsys, "train", *tiny.FLAGS, "--steps", 1, "--text", "text")
+    assert json.loads(main(capsys, "generate", "--tokens", 1, "--json").out)["prompt"] == "\n"
+
+
 def test_generate_refuses_a_character_outside_the_alphabet_by_name(trained):
     done = run("generate", "--checkpoint", str(trained), "--prompt", "the \u2603")
     assert done.returncode == 1 and done.stdout == ""
@@ -215,6 +243,14 @@ def test_check_prints_the_errors_of_the_pairs_that_were_asked_for(capsys):
         assert pair["errors"] and all(0 <= error < 1e-7 for error in pair["errors"].values())
     out = main(capsys, "check", "relu").out
     assert "relu" in out and "1 pairs checked, 0 failed" in out
+
+
+def test_check_draws_its_points_from_the_seed(capsys):
+    def errors(seed):
+        record = json.loads(main(capsys, "check", "softmax", "--seed", seed, "--json").out)
+        return record["pairs"][0]["errors"]
+
+    assert errors(0) == errors(0) != errors(1)
 
 
 def test_check_fails_on_a_planted_bug_and_says_where(capsys):

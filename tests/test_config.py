@@ -70,6 +70,17 @@ BAD = [
         },
         "LoadLoss needs a choice on both levels",
     ),
+    (
+        moe,
+        {"selection": c.SoftSlots(), "top_k": 4, "gate_on": "input"},
+        "SoftSlots needs score, gate_scale and gate_on as they are",
+    ),
+    (
+        moe,
+        {"top_k": 1, "selection": c.GroupLimited(groups=4, kept=2, score="top2")},
+        'the group score "top2" needs groups of at least 2 experts',
+    ),
+    (moe, {"bias_rate": 0.1, "bias_with_loss": True}, "bias_with_loss needs a bias rule and a"),
     (moe, {"balance": (c.ZLoss(), c.ZLoss())}, "each kind of balance term may come once"),
     (moe, {"balance": (c.LoadLoss(),), "noise": None}, "LoadLoss needs normal noise"),
     (moe, {"balance": (c.LoadLoss(),), "noise": c.InputJitter()}, "LoadLoss needs normal noise"),
@@ -98,6 +109,7 @@ BAD = [
     (lm, {"kv_heads": 3}, "kv_heads must divide heads (4)"),
     (lm, {"kv_heads": 8}, "kv_heads must divide heads (4)"),
     (lm, {"activation": "elu"}, "activation must be one of"),
+    (lm, {"recompute": 1}, "recompute must be bool"),
     (lm, {"norm": "batchnorm"}, "norm must be one of"),
     (lm, {"positions": "sinus"}, "positions must be one of"),
     (lm, {"positions": "rotary"}, "even head width"),  # 12 / 4 = 3
@@ -141,6 +153,7 @@ CAME = {
     "each kind of balance term may come once": "ZLoss",
     "even head width": 3,
     "LoadLoss needs a choice on both levels": (2, 2),
+    'the group score "top2" needs groups of at least 2 experts': 1,
 }
 
 
@@ -167,6 +180,7 @@ GOOD = [
     moe(),
     moe(top_k=1, gate_weights="renormalized", activation="swiglu", bias_rate=0.1),
     moe(noise=c.LearnedNoise(), capacity=c.Capacity(), balance=(c.LoadLoss(), c.ZLoss())),
+    moe(top_k=1, gate_weights="renormalized", balance=(c.ImportanceLoss(of="probabilities"),)),
     lm(),
     lm(moe=moe(capacity=c.Capacity()), hidden=None, kv_heads=2, tied=False, norm="rmsnorm"),
     lm(moe=moe(balance=(c.SwitchLoss(),)), moe_layers=(0, 2), width=16, positions="rotary"),
@@ -224,6 +238,24 @@ def test_evaluation_lifts_the_limits_and_keeps_the_rest():
     model = lm(moe=limited, hidden=None)
     assert model.evaluation() == dataclasses.replace(model, moe=limited.evaluation())
     assert lm().evaluation() == lm()
+
+
+@pytest.mark.parametrize("selection", [c.Assignment(), c.Sinkhorn()])
+def test_evaluation_takes_the_best_experts_where_training_evens_them_out(selection):
+    assert moe(top_k=1, selection=selection).evaluation() == moe(top_k=1)
+
+
+@pytest.mark.parametrize(
+    ("part", "weights"),
+    [
+        ({"capacity": c.Capacity()}, "renormalized"),
+        ({"selection": c.SecondExpert()}, "renormalized_kept"),
+        ({"selection": c.ExpertChoice()}, "renormalized_kept"),
+    ],
+)
+def test_gates_know_in_evaluation_who_is_kept_where_somebody_is_still_turned_away(part, weights):
+    cfg = moe(gate_weights="renormalized_kept", **part)
+    assert cfg.evaluation().gate_weights == weights
 
 
 def test_derived_sizes():

@@ -276,3 +276,12 @@ def test_the_weights_of_the_noise_are_active_but_not_read_to_generate():
     cfg = ModelConfig(vocab_size=5, context=4, layers=1, width=8, heads=2, moe=moe)
     row = ledger.count(cfg)["router"]
     assert (row.parameters, row.active, row.read) == (64, 64, 32)
+
+
+def test_latent_attention_by_hand():
+    cfg = ModelConfig(vocab_size=5, context=7, layers=1, width=6, heads=2, hidden=4)
+    latent = ledger.Latent(query=3, key_value=4, plain=2, rotary=1, value=5)
+    row = ledger.count(cfg, latent=latent)["attention"]
+    matrices = 6 * 3 + 3 * 2 * 3 + 6 * (4 + 1) + 4 * 2 * (2 + 5) + 2 * 5 * 6
+    assert row.parameters == row.active == row.read == matrices + 3 + 4
+    assert row.flops == 2 * matrices + 2 * 7 * 2 * (3 + 5)

@@ -401,6 +401,13 @@ def test_experts_that_start_the_same_are_copies_of_one(init_scale):
         assert leaf[0].all()
 
 
+@pytest.mark.parametrize("std", [0.0, 0.3])
+def test_a_router_starts_with_the_deviation_of_its_configuration(std):
+    cfg = config(noise=LearnedNoise(), router_std=std)
+    start = router.init_router(np.random.default_rng(0), cfg, 500, "float64")
+    assert start.w_CE.std() == pytest.approx(std, rel=0.05)
+
+
 def test_top_k_takes_the_best_first_and_the_lower_index_of_equal_ones():
     score_NE = np.random.default_rng(0).integers(0, 3, (40, 6)).astype(float)
     given = score_NE.copy()

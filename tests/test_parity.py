@@ -48,3 +48,15 @@ def test_without_a_gpu_the_command_says_that_it_was_skipped(capsys, monkeypatch)
     monkeypatch.setattr(backend, "_library", no_gpu)
     assert commands.main(["parity"]) == 0
     assert capsys.readouterr().out.startswith("Skipped")
+
+
+def test_the_command_fails_if_the_losses_differ(capsys, monkeypatch, tmp_path):
+    record = parity.run_parity(steps=2, widths=(8,), names=("numpy", "numpy"))
+    real = backend._library
+    monkeypatch.setattr(backend, "_library", lambda _: real("numpy"))
+    monkeypatch.setattr(parity, "run_parity", lambda steps: record)
+    monkeypatch.setattr(plots, "save", lambda *_: None)
+    for passed, status in ((True, 0), (False, 1)):
+        record["losses"]["float64"]["passed"] = passed
+        assert commands.main(["parity", "--out", str(tmp_path)]) == status
+        assert ("FAIL" in capsys.readouterr().out) == (not passed)

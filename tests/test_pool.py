@@ -25,6 +25,14 @@ def test_there_is_a_process_for_each_core_that_may_be_used_but_none_without_a_jo
     assert pool.workers_for(None, 20) == 20
 
 
+def test_cores_are_those_that_the_process_may_use_or_all_where_nobody_tells(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7}, raising=False)
+    assert machine.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert machine.cores() == 64
+
+
 def test_results_come_by_job_and_an_error_of_a_run_is_its_own():
     jobs = [(8, 2), (9, 3)]
     assert pool.run_all("t", divmod, jobs, 1, 2, False) == {(8, 2): (4, 0), (9, 3): (3, 0)}

@@ -33,6 +33,7 @@ def test_a_preset_has_its_own_number_of_steps():
     ("name", "more", "words"),
     [
         ("switch", ["--experts", 4], "--experts must not come with --preset, got 4"),
+        ("switch", ["--context", 32], "--context must not come with --preset, got 32"),
         ("switch", ["--layers", 3], "--layers must not come with --preset, got 3"),
         ("switch", ["--balance", "none"], "--balance must not come with --preset, got none"),
         ("switch", ["--bias-rate", 0.1], "--bias-rate must not come with --preset"),

@@ -127,6 +127,9 @@ def test_what_surrounds_the_experts_is_as_published():
     assert [i for i in range(61) if not presets.get("deepseek_v3").model.is_moe(i)] == [0, 1, 2]
     norms = {name: presets.get(name).model.qk_norm for name in ("olmoe", "qwen3_moe", "llama4")}
     assert norms == {"olmoe": "full", "qwen3_moe": "head", "llama4": "l2"}
+    assert presets.get("mixtral_8x7b").model.theta == 1e6
+    assert presets.get("gshard").model.moe.capacity.priority == "choice"
+    assert presets.get("noise_overflow").model.moe.balance[0].counted == 4
     assert presets.get("gpt_oss").model.sinks and presets.get("llama4").model.moe.gate_on == "input"
     looking_ahead = {name for name in NAMES if not presets.get(name).model.causal}
     assert looking_ahead == {"expert_choice", "soft_moe"}
@@ -209,6 +212,14 @@ def test_what_follows_a_size_follows_it_down():
     assert (v3.selection.groups, v3.selection.kept, v3.balance[0].group) == (4, 2, 64)
     hierarchical = presets.tiny("shazeer2017_hierarchical").moe
     assert (hierarchical.num_experts, hierarchical.selection.groups) == (16, 4)
+
+
+def test_fixed_noise_grows_as_the_experts_get_fewer(monkeypatch):
+    vmoe = presets.get("vmoe")
+    layer = dataclasses.replace(vmoe.model.moe, num_experts=32, noise=c.GaussianNoise(std=1 / 32))
+    large = dataclasses.replace(vmoe, model=dataclasses.replace(vmoe.model, moe=layer))
+    monkeypatch.setattr(presets, "get", lambda name: large)
+    assert presets.tiny("vmoe").moe.noise.std == 1 / 8
 
 
 def test_the_laptop_size_reads_the_built_in_corpus_or_any_other():

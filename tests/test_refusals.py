@@ -216,7 +216,7 @@ def test_runs_that_begin_together_each_have_a_folder():
     assert sorted(found) == sorted(Path("runs", str(i)) for i in range(4, 28))
 
 
-def test_a_reader_that_stops_listening_gets_no_traceback():
+def test_a_reader_that_stops_listening_hears_no_complaint():
     with subprocess.Popen(
         [sys.executable, "-m", "moe_numpy", *GENERATE, "--tokens", "2000"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -226,7 +226,7 @@ def test_a_reader_that_stops_listening_gets_no_traceback():
         process.stdout.read(10)
         process.stdout.close()
         stderr = process.stderr.read().decode()
-    assert "Traceback" not in stderr and "Exception ignored" not in stderr
+    assert stderr == ""
 
 
 def test_an_existing_run_is_refused_and_nothing_is_lost(capsys):

@@ -107,6 +107,14 @@ def test_every_member_is_a_process_and_the_caller_is_one_of_them():
         assert found[0][1] == os.getpid() and children >= {pid for _, pid in found[1:]}
 
 
+def test_members_do_not_inherit_what_is_free(monkeypatch):
+    before, forked = set(multiprocessing.active_children()), []
+    note = lambda: forked.append(set(multiprocessing.active_children()) - before)  # noqa: E731
+    monkeypatch.setattr(machine, "give_memory_back", note)
+    with a_team(4, 3):
+        assert forked == [set()]
+
+
 def test_every_member_multiplies_on_one_thread():
     control = pytest.importorskip("threadpoolctl")
     with control.threadpool_limits(2, user_api="blas"), a_team() as (_, crew):

@@ -22,7 +22,7 @@ from moe_numpy.config import (
     ZLoss,
 )
 from moe_numpy.moe import balance
-from moe_numpy.training import data, loop, ngram
+from moe_numpy.training import data, loop, ngram, shards
 from moe_numpy.transformer import model
 
 TERMS = (SwitchLoss(), ImportanceLoss(), LoadLoss(), ZLoss())
@@ -241,6 +241,33 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_spares_the_checkpoint(tm
     assert resumed.step == 2
     loop.train(resumed, show_progress=False)
     assert tiny.same_run(resumed, tiny.trained(FULL))
+
+
+def test_a_gradient_that_is_not_finite_is_told_of_before_it_moves_a_weight(monkeypatch):
+    run, gradients = tiny.run(FULL), shards.gradients
+
+    def overflowing(*given):
+        report, grads = gradients(*given)
+        grads.token_VC[0] = np.inf
+        return report, grads
+
+    monkeypatch.setattr(shards, "gradients", overflowing)
+    with pytest.raises(ValueError, match="gradient norm must stay finite, got inf at step 1 of 9"):
+        loop.train(run, show_progress=False)
+    assert run.step == 0 and tiny.same_bits(run.params, tiny.run(FULL).params)
+
+
+def test_an_interrupt_spares_the_checkpoint_from_weights_that_blew_up(tmp_path):
+    run, path = tiny.run(FULL), tmp_path / "run.npz"
+
+    def poison_and_stop(run):
+        run.params.token_VC[:] = np.nan
+        signal.raise_signal(signal.SIGINT)
+
+    rule = "norm of the weights must stay finite, got nan at step 1"
+    with pytest.raises((ValueError, KeyboardInterrupt), match=rule):
+        loop.train(run, path, show_progress=False, on_step=poison_and_stop)
+    assert loop.load_run(path, tiny.corpus()).step == 0
 
 
 @pytest.mark.parametrize("rate", [1e30, 1e300])

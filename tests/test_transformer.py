@@ -21,7 +21,7 @@ from moe_numpy.config import (
     ZLoss,
 )
 from moe_numpy.ops import rotary
-from moe_numpy.transformer import attention, generation, model
+from moe_numpy.transformer import attention, block, decode, generation, model
 
 V, T = 13, 7
 EXPERTS = MoEConfig(num_experts=3, top_k=2, hidden=5)
@@ -288,13 +288,13 @@ def test_the_model_adds_up_the_balance_terms_of_its_layers():
     loss, report, _ = model.loss_forward(token_BT, token_BT, params, cfg)
     close(loss, report.cross_entropy + report.aux)
     stream, total = params.token_VC[token_BT] + params.position_TC, 0.0
-    for block in params.blocks:
+    for own in params.blocks:
         for x_TC in stream:  # one sequence after the other
-            seen = np.array([oracles.normalize(x, block.norm_1) for x in x_TC.tolist()])
-            x_TC += [oracles.attend(seen, t, block.attention, cfg)[0] for t in range(T)]
+            seen = np.array([oracles.normalize(x, own.norm_1) for x in x_TC.tolist()])
+            x_TC += [oracles.attend(seen, t, own.attention, cfg)[0] for t in range(T)]
         rows = stream.reshape(-1, cfg.width)  # the experts see the tokens of both
-        seen = np.array([oracles.normalize(x, block.norm_2) for x in rows.tolist()])
-        found = oracles.moe_layer(seen, block.feed, cfg.moe)
+        seen = np.array([oracles.normalize(x, own.norm_2) for x in rows.tolist()])
+        found = oracles.moe_layer(seen, own.feed, cfg.moe)
         rows += found.y
         total += found.aux
     close(report.aux, total, 1e-11)
@@ -398,6 +398,16 @@ def test_a_cache_serves_one_backward():
     model.loss_backward(1.0, cache)
     with pytest.raises(ValueError, match=r"got one that a backward has consumed\. Run the"):
         model.loss_backward(1.0, cache)
+
+
+def test_the_backward_lets_go_of_a_layer_before_it_turns_to_the_one_below(monkeypatch):
+    cfg, left, backward = config(layers=3), [], block.block_backward
+    logits_BTV, aux, _, cache = model.model_forward(np.zeros((1, T), int), draw(0, cfg), cfg)
+    caches = cache[3]
+    note = lambda *a: left.append(len(caches)) or backward(*a)  # noqa: E731
+    monkeypatch.setattr(block, "block_backward", note)
+    model.model_backward(logits_BTV, aux, cache)
+    assert left == [2, 1, 0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -509,6 +519,15 @@ def test_greedy_generation_of_every_flavor_is_that_of_full_forwards(flavor):
     assert list(generation.generate([1, 2, 3], params, cfg, 12, temperature=0)) == wanted
 
 
+def test_generation_keeps_of_a_layer_no_more_than_its_input(monkeypatch):
+    cfg, asked, forward = config(), [], model.model_forward
+    monkeypatch.setattr(decode, "supports", lambda cfg: False)
+    note = lambda *a, kv: asked.append(a[2].recompute) or forward(*a, kv=kv)  # noqa: E731
+    monkeypatch.setattr(model, "model_forward", note)
+    list(generation.generate([1, 2], draw(0, cfg), cfg, 3, rng=0))
+    assert asked == [True] * 3
+
+
 @parametrize(ENCODERS)
 def test_generation_refuses_an_encoder(flavor):
     cfg = config(**flavor)
@@ -608,7 +627,9 @@ def test_generation_refuses_what_cannot_work(prompt, knobs, words):
 
 
 def test_all_parameters_lie_in_one_block_and_none_on_another():
-    params = model.init_model(np.random.default_rng(0), config(moe=EXPERTS, **LLAMA))
+    cfg = config(moe=EXPERTS, **LLAMA, width=20, heads=2)
+    params = model.init_model(np.random.default_rng(0), cfg)
+    assert any(array.nbytes % tree.LINE for array in tree.leaves(params))
     first, *_ = arrays = sorted(tree.leaves(params), key=lambda array: array.ctypes.data)
     assert len(tiny.blocks(params)) == 1
     for array, after in itertools.pairwise(arrays):
@@ -618,9 +639,11 @@ def test_all_parameters_lie_in_one_block_and_none_on_another():
 
 def test_what_writes_into_the_stream_starts_smaller_the_deeper_the_model():
     experts = MoEConfig(num_experts=4, top_k=2, hidden=64)
-    cfg = ModelConfig(vocab_size=5, context=4, layers=8, width=64, heads=4, moe=experts)
-    own = model.init_model(np.random.default_rng(0), cfg, "float64").blocks[0]
-    for w in (own.attention.out_HDC, own.feed.experts.out_EFC):
+    sizes = {"vocab_size": 5, "context": 4, "layers": 8, "width": 64, "heads": 4, "hidden": 64}
+    cfg = ModelConfig(**sizes, moe=experts, moe_layers=(0,), extra_ffn=True)
+    own, dense, *_ = model.init_model(np.random.default_rng(0), cfg, "float64").blocks
+    branches = (own.attention.out_HDC, own.feed.experts.out_EFC, own.extra.out_FC)
+    for w in (*branches, dense.feed.out_FC):
         assert w.std() == pytest.approx(0.02 / math.sqrt(2 * 8), rel=0.05)
 
 
