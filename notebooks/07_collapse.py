@@ -63,6 +63,8 @@ plt.rcParams.update({"figure.dpi": 88, "figure.constrained_layout.use": True})
 #
 # $$ u[n] = \frac{\partial L}{\partial gate[n]} = o[n] \cdot dy[n] . $$
 #
+# (Chapter 06 calls it `dgate`; what is called $u$ there is something else.)
+#
 # **From the gate to the probabilities.** Only $prob[n, c]$ was read. It gets $u[n]$; the others get
 # 0.
 #

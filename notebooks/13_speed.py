@@ -221,6 +221,11 @@ show("experts")
 show("few")
 
 # %% [markdown]
+# What remains is the cost of the matrices themselves. An expert without tokens is not multiplied,
+# but its gradient is an array of zeros all the same, which must be written, and read by the
+# optimizer. `AdamW(skip_idle=True)` (`train --skip-idle`) leaves such experts alone, and says how
+# its mathematics then differs.
+#
 # ## 8. Writing text
 #
 # To write token number $t$, the model needs the keys and values of all tokens before it. They do

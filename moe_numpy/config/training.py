@@ -17,7 +17,8 @@ class AdamW:
                work: meanwhile they do not fade, the old momentum does not move the weights, and
                the weights do not decay. Their start is corrected by the number of all steps: a
                first step that comes late is (1 - beta1) / sqrt(1 - beta2) times the rate. PyTorch's
-               SparseAdam does the same.
+               SparseAdam does the same. Gradients are whole arrays, zeros for idle experts too, so
+               each is still looked at once.
     """
 
     beta1: float = 0.9

@@ -70,7 +70,8 @@ def plot_experts(ax: Axes, values: np.ndarray, winner: int, ylabel: str, stretch
         if e != winner:
             color = plots.COLORS[e % len(plots.COLORS)]
             ax.plot(middle_S, mean_SE[:, e], color=color, linewidth=1, marker=marker, markersize=3)
-    ax.plot(middle_S, mean_SE[:, winner], color="black", linewidth=2.2, label=f"expert {winner}")
+    label = f"expert {winner}:\nlargest at the end"
+    ax.plot(middle_S, mean_SE[:, winner], color="black", linewidth=2.2, label=label)
     ax.set(xlabel="training step", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
