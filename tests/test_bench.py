@@ -4,10 +4,14 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import io
+import itertools
 import json
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +88,7 @@ def test_busy_rounds_are_set_aside_if_enough_quiet_ones_are_left():
     assert rounds == 3 and sides[1]["ratio"]["high"] == 2.0
     sides, rounds = race.summarize(["a", "b"], times, [0.0, 1.0, 1.0, 1.0])
     assert rounds == 4 and sides[1]["ratio"]["high"] == 9.0
+    assert race.summarize(["a", "b"], times, [race.BUSY] * 3 + [1.0])[1] == 3
 
 
 @pytest.mark.parametrize(("quiet", "counted", "busy"), [({1, 3, 4}, 3, 2), (set(), 12, 12)])
@@ -93,6 +98,39 @@ def test_busy_rounds_are_repeated_until_patience_ends(quiet, counted, busy, monk
     monkeypatch.setattr(race, "_turn", lambda process, n: (0.01, next(shares)))
     found = race.race_all([layer()], rounds=3)
     assert (found["rounds"], found["busy"]) == (counted, busy)
+
+
+def test_a_round_is_as_busy_as_the_busiest_of_its_blocks(monkeypatch):
+    shares = itertools.cycle([0.0, 0.9])
+    monkeypatch.setattr(race, "started", contextlib.nullcontext)
+    monkeypatch.setattr(race, "_warm_up", lambda process, block: 1)
+    monkeypatch.setattr(race, "_turn", lambda process, n: (0.01, next(shares)))
+    found = race.race_all([layer(), layer()], rounds=2, same=False)
+    assert found["busy"] == found["rounds"] == 2 * race.PATIENCE
+
+
+def test_the_share_of_others_is_what_all_cores_worked_beyond_the_side_itself(monkeypatch):
+    slept, clock, worked = [], iter([10.0, 14.0]), iter([100.0, 107.0])
+    own = SimpleNamespace(perf_counter=clock.__next__, sleep=slept.append)
+    monkeypatch.setattr(race, "time", own)
+    monkeypatch.setattr(race.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(race, "machine_seconds", worked.__next__)
+    side = SimpleNamespace(ask=lambda *words: {"seconds": [1.0, 2.0, 9.0], "cpu": 3.0})
+    assert race._turn(side, 3) == (2.0, (7.0 - 3.0) / (4.0 * 2))
+    assert slept == [race.GAP]
+
+
+def test_a_block_has_as_many_repetitions_as_the_warm_ones_fill():
+    side = SimpleNamespace(ask=lambda go, repeats: {"seconds": [0.5, 0.1][:repeats]})
+    assert [race._warm_up(side, block) for block in (0.01, 0.5, 1e9)] == [1, 5, 1000]
+
+
+def test_cores_that_idle_or_wait_do_not_work(monkeypatch):
+    line = "cpu  1 2 4 1000 10000 8 16 32 0 0\n"
+    monkeypatch.setattr(race, "open", lambda *_, **__: io.StringIO(line), raising=False)
+    monkeypatch.setattr(race.os, "sysconf", lambda name: 100, raising=False)
+    monkeypatch.setattr(race.sys, "platform", "linux")
+    assert race.machine_seconds() == 0.63
 
 
 # -------------------------------------------------------------------------------------------- races
@@ -123,6 +161,15 @@ def test_nothing_is_timed_unless_the_values_are_equal(plant, complaint, monkeypa
         race.race_all([layer(), rival(plant)], rounds=2)
 
 
+def test_small_values_are_compared_by_their_own_size(tmp_path):
+    paths = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
+    for path, factor in zip(paths, (1.0, 1.0 + 1e-6, 1.5), strict=True):
+        np.savez(path, gradient=np.array([0.5e-8, -1e-8]) * factor)
+    assert race.compare("a", paths[0], "b", paths[1]) == pytest.approx(1e-6)
+    with pytest.raises(ValueError, match="a and c must compute the same gradient"):
+        race.compare("a", paths[0], "c", paths[2])
+
+
 def test_a_worker_has_as_many_threads_as_it_is_told():
     code = "import os; from moe_numpy.lab import bench_process as p\n"
     code += "facts = {'threads': lambda: os.environ['OPENBLAS_NUM_THREADS']}\n"
@@ -144,6 +191,16 @@ def test_where_nobody_tells_the_memory_there_is_no_peak():
     code += "p.serve(lambda spec: p.Work(dict, lambda given: None, None, lambda: None, {}))"
     worker = race.Worker("no peak", (sys.executable, "-c", code), {"threads": 1})
     assert race.tell([worker]) == [{"peak": None}]
+
+
+@pytest.mark.parametrize(("children", "peak"), [([], 5000), ([7], 5000), ([7, 8], 5411)])
+def test_what_a_family_shares_is_added_and_its_files_count_once(children, peak, monkeypatch):
+    tables = {"status": {"VmHWM": 5000, "RssFile": 1100}}
+    tables["smaps_rollup"] = {"Pss_Anon": 1003, "Pss_Shmem": 434}
+    family = [SimpleNamespace(pid=pid) for pid in children]
+    monkeypatch.setattr(bench_process, "_kilobytes", lambda process, table: tables[table])
+    monkeypatch.setattr(bench_process.multiprocessing, "active_children", lambda: family)
+    assert bench_process.peak_bytes() == 1024 * peak
 
 
 FAMILY = """
@@ -315,6 +372,17 @@ def test_large_gradients_are_sketched_and_a_wrong_one_is_still_seen():
     assert np.abs(bench_process.sketch("w", gradient) - short).max() > 1e-3 * np.abs(short).max()
 
 
+def test_a_step_is_related_to_its_products_and_to_the_rate_of_the_machine():
+    told = {"calls": 9, "flops": 6e9, "probe_flops": 2e9}
+    found = bench._products(told | {"step": [4.0], "products": [2.0], "probe": [0.5]})
+    assert {name: value["median"] for name, value in found.items() if name not in told} == {
+        "step_over_products": 2.0,
+        "share": 0.5,
+        "machine_gflops": 4.0,
+        "step_rate": 0.375,
+    }
+
+
 # -------------------------------------------------------------------------------------------- parts
 @contextlib.contextmanager
 def no_settling():
@@ -364,6 +432,19 @@ def test_tokens_are_split_where_an_expert_has_many_and_else_large_experts_are_sh
     assert [split(8, 512), split(32, 512), split(1024, 512)] == [(2, 2), (1, 2), (1, 2)]
     assert [split(8, 64), split(128, 64), split(1024, 64)] == [(2, 2), (2, 2), (1, 1)]
     assert PLAN._replace(threads=5).shards == 1 and PLAN._replace(threads=4).shards == 4
+
+
+@pytest.mark.parametrize(("k", "gates"), [(1, "raw"), (2, "renormalized")])
+def test_rivals_are_told_the_gates_that_ours_has_without_saying(k, gates):
+    moe = MoEConfig(num_experts=4, top_k=k, hidden=8)
+    told = bench._our_layer(PLAN, moe, 32).spec["moe"]
+    assert (moe.gate_weights, told["gate_weights"]) == (None, gates)
+
+
+def test_the_time_of_a_token_is_the_median_at_its_place(monkeypatch):
+    clock = itertools.accumulate([0, 1, 5, 0, 2, 7, 0, 9, 6])
+    monkeypatch.setattr(bench_work, "time", SimpleNamespace(perf_counter=clock.__next__))
+    assert bench_work._by_length(lambda: range(2), 3) == [2000.0, 6000.0]
 
 
 # ---------------------------------------------------------------------------------- steps of speed
@@ -603,6 +684,19 @@ def test_an_aim_that_is_just_missed_is_not_met(change, line, count):
     assert all("NOT MET" in bench_report.verdict_line(v) for v in missed)
 
 
+def test_an_aim_is_held_against_the_best_of_the_rivals():
+    record = measured(sorted=1.09)
+    moe = record["rows"][1]
+    moe["sides"][2]["ratio"]["high"] = 99.0
+    moe["sides"][-1]["peak"] /= 2
+    missed = [v for v in bench_report.verdicts(record) if not v.met]
+    assert [(v.line, v.measured[:4]) for v in missed] == [(3, "1.09"), (8, "0.80")]
+
+
+def test_the_first_four_tokens_belong_to_no_half():
+    assert bench_report.halves({"by_length": [9.0] * 4 + [1.0, 1.0, 5.0, 5.0]}) == [1.0, 5.0]
+
+
 def test_what_was_not_measured_is_neither_met_nor_missed():
     record = measured()
     for row in record["rows"]:
@@ -657,6 +751,17 @@ def test_the_record_can_be_drawn_and_read(record):
     assert len(plots.draw(record, "speed.json").axes) == 6
     lines = bench_report.table(record)
     assert "tokens a second" in lines and "times its products" in lines
+
+
+def test_the_facts_below_a_row_are_in_the_units_that_they_name():
+    spreads = {"share": 0.6, "step_over_products": 1.5, "machine_gflops": 80.0, "step_rate": 0.4}
+    products = {name: dict.fromkeys(SPREAD, value) for name, value in spreads.items()}
+    step = {"row": "step", "tokens": 768, "shards": 1, "bytes": {"gradients": 3 << 20}}
+    sides = [{"milliseconds": {"median": 2.0}, "peak": 500 << 20}]
+    facts = bench_report._facts(step | {"sides": sides, "products": products | {"calls": 27}})
+    numbers = re.findall(r"\d[\d.,]*%?", "\n".join(facts))
+    wanted = {"384,000", "27", "60%", "1.50", "40%", "80", "3.0", "500"}
+    assert wanted <= {number.rstrip(".,") for number in numbers}
 
 
 def test_rivals_are_drawn_beside_ours(record):

@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 from moe_numpy.config import Capacity, LearnedNoise
-from moe_numpy.lab import collapse, metrics, plots, records
-from moe_numpy.training import loop
+from moe_numpy.lab import collapse, metrics, plots, pool, records
+from moe_numpy.training import loop, ngram
 
 HALF = [0.5, 0.25, 0.125, 0.125]  # entropy 1.75 bits
 
@@ -129,9 +129,27 @@ def test_the_conditions_differ_from_no_cure_by_what_they_are_named_after():
         assert dataclasses.replace(cfg, noise=None, capacity=None, balance=()) == bare
 
 
+def test_a_study_warms_up_for_a_tenth_of_a_run_at_most_and_ends_at_a_tenth_of_its_rate():
+    study = collapse.Study(steps=500, rate=2e-3, batch=5)
+    training = study.training(seed=7)
+    assert (training.steps, training.batch, training.seed) == (500, 5, 7)
+    assert (training.rate, training.final_rate) == (2e-3, pytest.approx(2e-4))
+    assert (training.warmup, collapse.Study(steps=70).training(0).warmup) == (20, 7)
+
+
 SMALL = collapse.Study(
     num_experts=3, hidden=4, layers=2, width=8, heads=2, context=8, batch=2, steps=4, seeds=(0, 7)
 )
+
+
+def test_every_condition_has_the_runs_of_all_seeds_in_their_order(monkeypatch):
+    def told(title, work, jobs, *_):
+        return {job: (job[1], job[2]) for job in reversed(jobs)}
+
+    monkeypatch.setattr(pool, "run_all", told)
+    monkeypatch.setattr(ngram, "reference_losses", lambda *_: {})
+    found = collapse.run_study(SMALL, show_progress=False)["conditions"]
+    assert [c["runs"] for c in found] == [[(n, 0), (n, 7)] for n in SMALL.conditions()]
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +204,15 @@ def test_the_series_of_a_record_average_equal_stretches():
     dropped = run.series.dropped.reshape(50, 2, 2).sum(1) / (2 * 64 * 2)
     np.testing.assert_allclose(series["drop_rate"], dropped, atol=6e-5)
     assert np.min(series["drop_rate"]) >= 0.49
+
+
+def test_the_series_of_a_stopped_run_ends_where_it_was_stopped():
+    run = tiny.run(tiny.moe(), steps=10)
+    for _ in range(3):
+        loop.take_step(run)
+    series = records.series(run)
+    assert series["step"] == [1, 2, 3] and np.shape(series["share"]) == (3, 2, 4)
+    assert series["training_loss"] == np.round(run.series.cross_entropy[:3], 4).tolist()
 
 
 def test_a_short_run_has_a_stretch_for_every_step_and_a_dense_one_no_load():

@@ -1,5 +1,10 @@
 """The comparison of two backends, run with NumPy on both sides."""
 
+import itertools
+from types import SimpleNamespace
+
+import tiny
+
 from moe_numpy import backend, commands
 from moe_numpy.lab import parity, plots
 from moe_numpy.moe import experts
@@ -29,6 +34,14 @@ def test_a_backend_that_computes_something_else_fails(monkeypatch):
     monkeypatch.setattr(experts, "experts_forward", off)
     record = parity.run_parity(steps=2, widths=(), names=("numpy", "cupy"))
     assert not record["losses"]["float64"]["passed"]
+
+
+def test_the_time_of_a_step_is_the_median_after_the_one_that_warms_up(monkeypatch):
+    assert parity.TIMED == 5
+    clock = itertools.accumulate([0, 90, 0, 1, 0, 2, 0, 5, 0, 6, 0, 70])
+    monkeypatch.setattr(parity, "time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr(parity.loop, "take_step", lambda run: None)
+    assert parity._milliseconds("numpy", tiny.corpus(), 8) == 5000.0
 
 
 def test_the_figure_labels_its_axes():

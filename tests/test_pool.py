@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_numpy import machine
-from moe_numpy.lab import pool
+from moe_numpy.lab import pool, race
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +31,16 @@ def test_cores_are_those_that_the_process_may_use_or_all_where_nobody_tells(monk
     assert machine.cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     assert machine.cores() == 64
+
+
+def test_every_library_of_products_gets_one_thread_and_then_what_it_had(monkeypatch):
+    first, *others = race.POOLS
+    monkeypatch.setenv(first, "7")
+    for name in others:
+        monkeypatch.delenv(name, raising=False)
+    with pool._one_thread_each():
+        assert [os.environ.get(name) for name in race.POOLS] == ["1"] * 3
+    assert [os.environ.get(name) for name in race.POOLS] == ["7", None, None]
 
 
 def test_results_come_by_job_and_an_error_of_a_run_is_its_own():

@@ -99,6 +99,22 @@ def test_the_record_of_the_systems_is_plain_and_has_all_that_is_shown(record):
     assert dropped[0] == 0.0 < dropped[1]
 
 
+def test_every_system_has_the_runs_of_all_seeds_and_the_record_how_they_were_trained(monkeypatch):
+    def told(title, work, jobs, *_):
+        return {job: {"seed": job[2], "of": job[1], "parameters": 1} for job in reversed(jobs)}
+
+    monkeypatch.setattr(systems.pool, "run_all", told)
+    monkeypatch.setattr(systems.ngram, "reference_losses", lambda *_: {})
+    study = systems.Study(names=("switch", "mixtral_8x7b"), seeds=(3, 1), steps=300)
+    found = systems.run_systems(study, show_progress=False)
+    for system, name in zip(found["systems"], study.names, strict=True):
+        assert system["runs"] == [{"seed": 3, "of": name}, {"seed": 1, "of": name}]
+    assert config.from_dict(found["training"]) == study.training(3)
+    assert (study.training(3).steps, study.training(3).seed) == (300, 3)
+    long = systems.Study(steps=5000)
+    assert (study.training(3).warmup, long.training(0).warmup) == (50, 100)
+
+
 def test_the_table_of_the_systems_is_ordered_by_loss(record):
     *_, first, second, line = systems.table(record).splitlines()
     losses = {s["name"]: s["runs"][0]["validation_loss"] for s in record["systems"]}

@@ -10,11 +10,13 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from moe_numpy import tree
 from moe_numpy.classroom import exercises_07 as exercises
 from moe_numpy.lab import collapse_pictures as pictures
 from moe_numpy.lab import metrics, plots, rich_get_richer
+from moe_numpy.moe import layer
 from moe_numpy.ops import softmax
-from moe_numpy.training import clusters
+from moe_numpy.training import clusters, optimizer
 
 FIGURES = Path(__file__).parent.parent / "figures"
 STUDY = rich_get_richer.Study(batch=32, steps=12, test_tokens=50, seeds=(0, 1))
@@ -52,6 +54,57 @@ def test_the_losses_of_the_experts_average_to_the_loss_of_the_batch():
     assert one.loss.shape == (1, 1)
     mean = np.nansum(many.loss * many.share)
     assert mean == pytest.approx(one.loss[0, 0], rel=0.2)  # both have hardly an output yet
+    assert mean == pytest.approx(1, rel=0.3)  # so it is the variance of the targets
+
+
+def test_a_trace_tells_the_gradient_of_all_weights_and_who_would_gain_by_a_larger_gate(monkeypatch):
+    seen = {}
+
+    def note(module, name):
+        whole = getattr(module, name)
+
+        def noting(*given):
+            found = whole(*given)
+            seen.setdefault(name, (given, found))
+            return found
+
+        monkeypatch.setattr(module, name, noting)
+
+    note(layer, "moe_forward")
+    note(clusters, "sample_clusters")
+    note(optimizer, "update")
+    trace = result("one expert", steps=1).trace
+    y_NC, target_NC = seen["moe_forward"][1][0], seen["sample_clusters"][1][1]
+    gradients = tree.leaves(seen["update"][0][1].experts)
+    assert trace.gradient_norm == pytest.approx(math.sqrt(sum((g**2).sum() for g in gradients)))
+    gains_N = ((y_NC - target_NC) * y_NC).sum(1) < 0  # the gate of a lone expert is 1
+    assert trace.pull.item() == gains_N.mean() != 0.5
+    assert trace.loss == pytest.approx(((y_NC - target_NC) ** 2).mean())
+
+
+def test_new_tokens_meet_no_limit(monkeypatch):
+    reports, whole = [], layer.moe_forward
+    note = lambda *given: reports.append(whole(*given)) or reports[-1]  # noqa: E731
+    monkeypatch.setattr(layer, "moe_forward", note)
+    found = result("raw + capacity")
+    report = reports[-1][2]
+    assert report.load_E.tolist() == found.wished.tolist()
+    assert found.wished.max() > 1.25 * STUDY.test_tokens / STUDY.num_experts
+
+
+def test_a_run_is_measured_over_its_last_tenth_and_its_clean_choice():
+    load = np.repeat([[8, 0, 0, 0], [3, 1, 2, 2]], [18, 2], 0)
+    trace = rich_get_richer.Trace(load, *[np.zeros((20, 4))] * 3, np.zeros(20))
+    done = rich_get_richer.Result(trace, None, np.array([5, 5, 0, 0]), 0.6, 0.3, 0.9)
+    found = rich_get_richer.measure(done, 7)
+    assert (found["share"], found["share_clean"]) == (
+        [[0.375, 0.125, 0.25, 0.25]],
+        [[0.5, 0.5, 0, 0]],
+    )
+    assert found["collapsed"] == [False] and found["effective_experts_clean"] == [pytest.approx(2)]
+    assert (found["dead_experts"], found["dead_experts_clean"]) == ([0], [2])
+    assert found["seed"] == 7 and found["validation_loss"] == 0.9
+    assert (found["decisiveness_clean"], found["information_clean"]) == ([0.6], [0.3])
 
 
 def test_a_run_is_the_same_twice_and_its_start_does_not_depend_on_its_length():
@@ -108,6 +161,20 @@ def test_the_table_and_the_comparison_name_what_they_show(record):
     assert all(name in text for name in (*STUDY.settings(), *STUDY.tasks()))
     part = rich_get_richer.of_task(record, "one job")
     assert "+0.000" in rich_get_richer.compare(part, "top-2", "top-2")
+
+
+def test_losses_are_compared_seed_by_seed_and_their_spread_is_that_of_the_seeds_there_are():
+    common = {key: [1] for key in ("effective_experts", "dead_experts", "decisiveness_clean")}
+    common |= {"collapsed": [False]}
+    conditions = [
+        {"name": name, "task": "t", "config": {"num_experts": 1}, "runs": runs}
+        for name, losses in (("a", (1.0, 3.0, 5.0)), ("b", (2.0, 2.0, 3.0)))
+        for runs in [[common | {"validation_loss": loss} for loss in losses]]
+    ]
+    record = {"tasks": ["t"], "conditions": conditions}
+    assert "3.000 +- 1.633" in rich_get_richer.table(record)
+    found = rich_get_richer.compare(record, "a", "b")
+    assert "+0.667" in found and "higher in 2 of 3" in found
 
 
 # ------------------------------------------------------------------------------------- the pictures
