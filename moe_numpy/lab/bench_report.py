@@ -38,13 +38,14 @@ def table(record: dict[str, Any]) -> str:
 
 def steps_table(record: dict[str, Any]) -> str:
     """Write what every step of speed gains: time without it over time with it, per row."""
-    rows = record["rows"]
-    lines = [machine_line(record), f"{'':<48}" + "".join(f"{n:>22}" for n in row_names(record))]
-    lines += [f"{'all steps (ms)':<48}" + "".join(f"{_first(row):>22.4g}" for row in rows)]
-    for step, label in labels(rows).items():
+    rows, names = record["rows"], labels(record["rows"])
+    wide = 1 + max(map(len, names.values()))
+    lines = [machine_line(record), " " * wide + "".join(f"{n:>22}" for n in row_names(record))]
+    lines += [f"{'all steps (ms)':<{wide}}" + "".join(f"{_first(row):>22.4g}" for row in rows)]
+    for step, label in names.items():
         cells = [gain(row, step) for row in rows]
         texts = ["" if found is None else _spread(found) for found in cells]
-        lines.append((f"{label:<48}" + "".join(f"{text:>22}" for text in texts)).rstrip())
+        lines.append((f"{label:<{wide}}" + "".join(f"{text:>22}" for text in texts)).rstrip())
     return "\n".join(lines)
 
 
