@@ -136,8 +136,8 @@ def test_the_speed_table_is_that_of_the_record():
     steps = {row["name"]: row["sides"][1:] for row in found["rows"] if row["row"] == "step"}
     dense, fused = (side["ratio"] for side in steps["dense"])
     assert 0.95 < dense["median"] < 1.1 and fused["high"] < 1
-    loop, *alternatives, fused_1, fused_2 = (side["ratio"] for side in steps["MoE"])
-    assert loop["low"] > 1 and all(ratio["low"] >= 1 for ratio in alternatives)
+    loop, in_order, batched, fused_1, fused_2 = (side["ratio"] for side in steps["MoE"])
+    assert min(loop["low"], batched["low"]) > 1 and in_order["low"] < 1 < in_order["median"]
     assert all(0.95 < ratio["median"] < 1.05 for ratio in (fused_1, fused_2))
     assert all(side["ratio"]["low"] > 1 for side in steps["Mixtral"])
     assert 1 < steps["Mixtral"][1]["ratio"]["median"] < 1.2

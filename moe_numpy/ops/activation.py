@@ -182,10 +182,10 @@ def _gelu_tanh(x: Array, y: Array | None = None, slope: Array | None = None) -> 
     a = math.sqrt(2.0 / math.pi)
     b = 0.044715 * a
     square = xp.multiply(x, x, out=slope)
-    h = b * square  # (1 + tanh(a x + b x^3)) / 2, in place
+    h = xp.multiply(square, b, out=y)  # (1 + tanh(a x + b x^3)) / 2, in place
     h += a
     h *= x
-    xp.tanh(h, out=h)
+    h = xp.tanh(h)
     h += 1.0
     h *= 0.5
     y = xp.multiply(x, h, out=y)
