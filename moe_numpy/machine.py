@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import ctypes
 import functools
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -72,6 +72,11 @@ def one_product_a_thread() -> contextlib.AbstractContextManager | None:
         return importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
     except ImportError:
         return None
+
+
+def can_limit_products() -> bool:
+    """Tell whether `one_product_a_thread` has the library that it needs."""
+    return importlib.util.find_spec("threadpoolctl") is not None
 
 
 @contextlib.contextmanager

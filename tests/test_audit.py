@@ -218,7 +218,7 @@ one, two, three = (
         (two, lambda *a: divided_wrongly(*a, over=False), "wrong: the division by the sum is"),
         (two, leaking, "wrong: unselected logits got a gradient"),
         (two, lambda *a: -divided(*a), "wrong: the sign"),
-        (two, lambda *a: 2 * divided(*a), "wrong: everything is 2 times too large"),
+        (two, lambda *a: 2 * divided(*a), "wrong: everything is 2 times what it should be"),
         (two, lambda dg, p, e: p @ dg, "the function stopped with ValueError"),
         (three, sigmoid_gate, "right: "),
         (three, lambda *a: sigmoid_gate(*a, slope=False), "wrong: the slope of the sigmoid"),

@@ -301,7 +301,8 @@ def test_the_step_is_the_same_while_it_is_watched():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has teams")
-def test_a_team_takes_the_same_steps_and_its_exchange_is_counted():
+def test_a_team_takes_the_same_steps_and_its_exchange_is_counted(monkeypatch):
+    monkeypatch.setattr(machine, "can_limit_products", lambda: True)
     plan = PLAN._replace(threads=2)
     worker = bench._our_step(plan, bench.models(quick=True)["MoE"])
     alone = worker._replace(spec=worker.spec | {"processes": 1})
@@ -310,6 +311,8 @@ def test_a_team_takes_the_same_steps_and_its_exchange_is_counted():
     sizes = [race.tell([side], facts=("bytes",))[0]["bytes"] for side in (worker, alone)]
     assert sizes[0]["gradients"] == sizes[1]["gradients"] + sizes[0]["parameters"]
     assert PLAN._replace(threads=5).processes == 1
+    monkeypatch.setattr(machine, "can_limit_products", lambda: False)
+    assert plan.processes == 1
 
 
 def test_the_bytes_are_counted_once_each():
@@ -584,6 +587,7 @@ def steps(tmp_path_factory):
     sparse = {name: bench.models(quick=True)[name] for name in ("MoE", "Mixtral")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "models", lambda quick: sparse)
+        patch.setattr(machine, "can_limit_products", lambda: True)
         assert commands.main([*arguments, "--out", str(folder)]) == 0
     assert (folder / "speed_steps.png").stat().st_size > 10_000
     assert not (folder / "speed.json").exists()

@@ -56,8 +56,8 @@ class Plan(NamedTuple):
 
         Without threadpoolctl each would multiply on as many threads as all are to have.
         """
-        limited = importlib.util.find_spec("threadpoolctl") is not None
-        return self.shards if sys.platform == "linux" and limited else 1
+        possible = sys.platform == "linux" and machine.can_limit_products()
+        return self.shards if possible else 1
 
     def rivals(self, name: str) -> list[tuple[str, str, bool]]:
         """List those of `RIVALS` that are installed."""
