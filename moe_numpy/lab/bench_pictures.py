@@ -77,7 +77,7 @@ def plot_shares(ax: Axes, record: dict[str, Any]) -> Axes:
         ax.text(whole, y, f" {over:.2f} times its products", va="center", fontsize=8)
     ax.barh(0, 0, color=COLORS[1], label="everything else")
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    ax.margins(x=0.35)
+    ax.margins(x=0.5)
     ax.invert_yaxis()
     ax.set_xlabel("a training step (ms)")
     ax.set_title("Where the time goes")
