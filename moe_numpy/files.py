@@ -14,9 +14,11 @@ from typing import IO, Any
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write` fill a temporary file, then rename it to `path`; an older file stays until then.
 
-    Raises     ValueError if the folder cannot be written to
+    Raises     ValueError if the folder cannot be written to, or the place itself is one
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"output: {path} must be a file, got a folder. Name a file in it.")
     require_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -329,6 +329,7 @@ def changed(path, entries):
         *({name: []} for name in ("config", "training", "data_rng")),
         *({"step": step} for step in ("1", -1, 10, 0.5)),
         {"series__rate": np.zeros(3)},
+        {"noise_rng": {"bit_generator": "MT19937"}},
         {"dtype": "int8"},
     ],
     ids=str,
@@ -357,6 +358,11 @@ def test_a_model_that_lacks_something_is_refused(entries, tmp_path):
 
 
 # ------------------------------------------------------------------------------------ JSON, folders
+def test_a_folder_in_the_place_of_a_file_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} must be a file, got a folder"):
+        files.write_json(tmp_path, [1])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="permissions of another kind")
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_a_file_has_the_permissions_that_the_user_gives_to_files(mask, tmp_path):

@@ -261,8 +261,11 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
             like = getattr(run, name)
             tree.fill(like, checkpoint.restore(like, arrays, name))
         run.series = Series(*(arrays[f"series.{name}"] for name in Series._fields))
-        run.data_rng.bit_generator.state = meta["data_rng"]
-        run.noise_rng.bit_generator.state = meta["noise_rng"]
+        for name in ("data_rng", "noise_rng"):
+            try:
+                getattr(run, name).bit_generator.state = meta[name]
+            except ValueError as error:  # of another generator: as good as none
+                raise KeyError(f"{name}: {error}") from None
         run.step, run.evaluations, run.settings = (
             meta[name] for name in ("step", "evaluations", "settings")
         )
