@@ -103,8 +103,8 @@ NEEDS = {  # a flag that would have no effect is refused
     "priority": "capacity",
     "noise_scale": "noise",
 }
-EXPERTS_ONLY = {name.replace("-", "_") for name in OPTIONS["experts"]} - {"experts", "hidden"}
-EXPERTS_ONLY |= {"skip_idle"}
+EXPERTS_ONLY = {name.replace("-", "_") for name in (*OPTIONS["experts"], "skip-idle")}
+EXPERTS_ONLY -= {"experts", "hidden"}
 ONE_OPTIMIZER = {"beta1": "adamw", "beta2": "adamw", "skip_idle": "adamw", "momentum": "sgd"}
 
 
