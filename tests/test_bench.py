@@ -336,6 +336,7 @@ MEMORY = {
     "long": ("dense", {"context": 256}, {}),
     "one layer": ("dense", {"layers": 1}, {}),
     "many words": ("dense", {"vocab_size": 4096}, {}),
+    "one layer of many words": ("dense", {"vocab_size": 8192, "layers": 1}, {}),
     "exact gelu": ("dense", {"activation": "gelu"}, {}),
     "relu": ("dense", {"activation": "relu"}, {}),
     "sandwich": ("dense", {"sandwich": True}, {}),
