@@ -140,7 +140,7 @@ def test_the_speed_table_is_that_of_the_record():
     assert min(loop["low"], batched["low"]) > 1 and in_order["low"] < 1 < in_order["median"]
     assert all(0.95 < ratio["median"] < 1.05 for ratio in (fused_1, fused_2))
     assert all(side["ratio"]["low"] > 1 for side in steps["Mixtral"])
-    assert 1 < steps["Mixtral"][1]["ratio"]["median"] < 1.2
+    assert 1.05 < steps["Mixtral"][1]["ratio"]["median"] < 1.2
     rows = [row for row in found["rows"] if row["row"] == "step"]
     assert {row["processes"] for row in rows} == {found["threads"]} == {2}
 
