@@ -54,7 +54,13 @@ def named_leaves(tree: Tree, prefix: str = "") -> list[tuple[str, Any]]:
 
 def leaves(tree: Tree) -> list[Any]:
     """List every array of the tree, in the order of `named_leaves`."""
-    return [leaf for _, leaf in named_leaves(tree)]
+    found = []
+    for branch in tree if isinstance(tree, tuple) else (tree,):
+        if isinstance(branch, tuple):
+            found += leaves(branch)
+        elif branch is not None:
+            found.append(branch)
+    return found
 
 
 def from_leaves(tree: Tree, replacements: list[Any]) -> Tree:
