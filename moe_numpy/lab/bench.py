@@ -210,7 +210,7 @@ def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
         for label, variant, fused in plan.rivals(name):
             workers.append(theirs(label, workers[0], variant=variant, fused=fused))
         found = plan.race(workers)
-        facts = race.tell(workers, facts=("products", "bytes"))
+        facts = race.tell(workers, facts=("products", "bytes", "effective"))
         for side, told in zip(found["sides"], facts, strict=True):
             side["peak"] = told["peak"]
         yield {
@@ -221,6 +221,7 @@ def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
             **found,
             "bytes": facts[0]["bytes"],
             "products": _products(facts[0]["products"]),
+            "effective_experts": facts[0]["effective"],
         }
 
 

@@ -248,6 +248,9 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
             who = "process" if row["processes"] > 1 else "thread"
             split = f"ours in {row['shards']} shards, a {who} each"
             yield f"{split}: without capacity and balance the function of the whole batch"
+        if row.get("effective_experts"):
+            layers = ", ".join(f"{effective:.1f}" for effective in row["effective_experts"])
+            yield f"effective experts of each layer after the steps: {layers}"
         if row["sides"][0]["peak"]:
             peaks = [f"{side['peak'] / 2**20:.0f}" for side in row["sides"]]
             yield "MiB at most, all processes: " + ", ".join(peaks)

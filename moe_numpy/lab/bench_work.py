@@ -1,4 +1,4 @@
-"""What the benchmark runs on our side: a training step, a layer, generation, a plain product.
+"""What the benchmark runs on our side: a training step, a layer, generation.
 
 With two threads a batch is split into two shards, each in a process of its own where processes can
 share memory, as `loop.train` does it. The tokens of a layer are split for two threads with matrix
@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_numpy import config, machine, tree
 from moe_numpy.config import ModelConfig, MoEConfig, TrainingConfig
-from moe_numpy.lab import bench_products
+from moe_numpy.lab import bench_products, metrics
 from moe_numpy.lab.bench_process import Work, sketch
 from moe_numpy.moe import layer, mlp
 from moe_numpy.training import data, loop, shards
@@ -34,9 +34,7 @@ _until_the_end = contextlib.ExitStack()  # keeps the threads of this process's w
 
 def build(spec: dict[str, Any]) -> Work:
     """Build the work that a specification names."""
-    return {"step": _step, "layer": _layer, "mlp": _mlp, "generate": _generate, "sgemm": _sgemm}[
-        spec["work"]
-    ](spec)
+    return {"step": _step, "layer": _layer, "mlp": _mlp, "generate": _generate}[spec["work"]](spec)
 
 
 def text(vocab_size: int, length: int = 100_000) -> data.Corpus:
@@ -47,8 +45,12 @@ def text(vocab_size: int, length: int = 100_000) -> data.Corpus:
 
 
 def training(steps: int = 20_000, shards: int = 1) -> TrainingConfig:
-    """Configure the run of the benchmark: a constant rate, so that every step does the same."""
-    constant = {"warmup": 0, "rate": 1e-3, "final_rate": 1e-3}
+    """Configure the run of the benchmark: every step shall do the same.
+
+    So the rate is constant, and small: without a balance term larger steps soon send all tokens to
+    two of eight experts, and a race of so few would say little about eight.
+    """
+    constant = {"warmup": 0, "rate": 1e-5, "final_rate": 1e-5}
     return TrainingConfig(steps=steps, batch=12, shards=shards, **constant)
 
 
@@ -85,8 +87,15 @@ def _step(spec: dict[str, Any]) -> Work:
         facts={
             "products": lambda: bench_products.measure(run, spec["repeats"], crew),
             "bytes": lambda: bench_products.bytes_of(run, crew),
+            "effective": lambda: _effective_experts(run),
         },
     )
+
+
+def _effective_experts(run: loop.Run) -> list[float]:
+    """Count the effective experts of each layer in the last step; a dense model has no such."""
+    last = run.series.load[run.step - 1]
+    return metrics.effective_experts(last).round(2).tolist() if last.size else []
 
 
 def _next_batches(run: loop.Run) -> tuple[np.ndarray, np.ndarray]:
@@ -183,12 +192,6 @@ def _by_length(tokens: Any, repeats: int) -> list[float]:
         marks += [time.perf_counter() for _ in tokens()]
         found.append(np.diff(marks))
     return np.round(1e3 * np.median(found, 0), 4).tolist()
-
-
-def _sgemm(spec: dict[str, Any]) -> Work:
-    a, b, out = np.random.default_rng(0).random((3, spec["size"], spec["size"]), np.float32)
-    once = lambda: np.matmul(a, b, out=out)  # noqa: E731
-    return Work(None, lambda given: None, dict, once, {})
 
 
 def _named(prefix: str, arrays: tree.Tree) -> dict[str, np.ndarray]:

@@ -179,7 +179,7 @@ def padded_linear_forward(
 
     Shapes     x_RI (R, I), rows sorted by expert; w_EIO (E, I, O); offsets E + 1 integers
                -> y_RO (R, O)
-    Cache      (x_EPI, w_EIO, place_R): 4*E*P*I bytes in float32
+    Cache      (x_RI, w_EIO, place_R, P): no copy of x, which is padded again on the way back
     Source     Lepikhin et al. 2020, GShard, section 3.1; differs: P is what is needed, none drop
     """
     E, I, O = w_EIO.shape
@@ -188,7 +188,7 @@ def padded_linear_forward(
     place_R = expert_R * P + xp.arange(x_RI.shape[0]) - start_E[expert_R]
     x_EPI = _pad(x_RI, place_R, (E, P, I))  # 1. pad
     y_EPO = x_EPI @ w_EIO  # 2. one product
-    return y_EPO.reshape(E * P, O)[place_R], (x_EPI, w_EIO, place_R)  # 3. unpad
+    return y_EPO.reshape(E * P, O)[place_R], (x_RI, w_EIO, place_R, P)  # 3. unpad
 
 
 def padded_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
@@ -196,12 +196,11 @@ def padded_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
 
     Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O)
     """
-    x_EPI, w_EIO, place_R = cache
+    x_RI, w_EIO, place_R, P = cache
     E, I, O = w_EIO.shape
-    P = x_EPI.shape[1]
     dy_EPO = _pad(dy_RO, place_R, (E, P, O))  # 3.
     dx_EPI = dy_EPO @ w_EIO.swapaxes(1, 2)  # 2.
-    dw_EIO = x_EPI.swapaxes(1, 2) @ dy_EPO
+    dw_EIO = _pad(x_RI, place_R, (E, P, I)).swapaxes(1, 2) @ dy_EPO
     return dx_EPI.reshape(E * P, I)[place_R], dw_EIO  # 1.
 
 

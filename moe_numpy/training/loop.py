@@ -203,7 +203,7 @@ def evaluate(
                there is not one whole window
     """
     rules.whole_number("evaluate", "batch", batch, 1)
-    cfg = cfg.evaluation()
+    cfg = dataclasses.replace(cfg.evaluation(), recompute=True)  # no layer's cache is kept
     token_WT, target_WT = data.windows(ids, cfg.context)  # W windows of T tokens
     experts = cfg.moe.num_experts if cfg.moe else 0
     total, wished = 0.0, np.zeros((cfg.moe_count, experts))

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from moe_numpy import machine, tree
-from moe_numpy.backend import Array, to_host, xp
+from moe_numpy.backend import Array, few_launches, to_host, xp
 from moe_numpy.config import SGD, AdamW
 
 # Biases with more than one axis: of heads, and of experts.
@@ -122,8 +122,9 @@ def _adamw(
     root2 = math.sqrt(1.0 - cfg.beta2 ** (step + 1))
     rate *= root2 / (1.0 - cfg.beta1 ** (step + 1))
     p, g, first, second = (a.reshape(-1) for a in (p, g, first, second))
-    for start in range(0, p.size, BLOCK):
-        block = slice(start, start + BLOCK)
+    size = max(1, p.size) if few_launches() else BLOCK
+    for start in range(0, p.size, size):
+        block = slice(start, start + size)
         w, m, v = p[block], first[block], second[block]
         x = g[block] * (scale * (1.0 - cfg.beta1))  # the one temporary of a block
         m *= cfg.beta1
