@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of malloc.h
-PARTS = 4  # jobs that a loop is cut into; a thread that is done takes the next
+PARTS = 2  # jobs for each thread that a loop is cut into; one that is done takes the next
 WORTH_A_THREAD = 32_768  # numbers
 
-_pool: contextvars.ContextVar[concurrent.futures.Executor | None]
-_pool = contextvars.ContextVar("threads of share_out", default=None)
+# Where the libraries of matrix products read how many threads they may start.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+_pool: contextvars.ContextVar[tuple[concurrent.futures.Executor, int] | None]
+_pool = contextvars.ContextVar("threads of share_out, and how many", default=None)
 
 
 def keep_memory() -> None:
@@ -62,7 +65,7 @@ def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
         if count == 1:
             yield None
             return
-        with concurrent.futures.ThreadPoolExecutor(count) as pool, sharing(pool):
+        with concurrent.futures.ThreadPoolExecutor(count) as pool, sharing(pool, count):
             yield pool
 
 
@@ -80,9 +83,9 @@ def can_limit_products() -> bool:
 
 
 @contextlib.contextmanager
-def sharing(pool: concurrent.futures.Executor | None) -> Iterator[None]:
+def sharing(pool: concurrent.futures.Executor | None, threads: int = 2) -> Iterator[None]:
     """Let `share_out` use the threads of `pool` within the block; None for none."""
-    before = _pool.set(pool)
+    before = _pool.set(None if pool is None else (pool, threads))
     try:
         yield
     finally:
@@ -95,9 +98,10 @@ def share_out(jobs: list[Callable[[], Any]]) -> list[Any]:
     A job works in a copy of the caller's context, in which NumPy keeps its settings; what a job
     shares out in turn, it does itself. Which threads there are changes no result.
     """
-    pool = _pool.get()
-    if pool is None or len(jobs) < 2:
+    shared = _pool.get()
+    if shared is None or len(jobs) < 2:
         return [job() for job in jobs]
+    pool, _ = shared
     with sharing(None):
         waiting = [pool.submit(contextvars.copy_context().run, job) for job in jobs]
     return [future.result() for future in waiting]
@@ -109,8 +113,9 @@ def for_each(work: Callable[[int], Any], count: int, size: int) -> None:
     All calls together touch `size` numbers. Where those of one call are few, threads would wait for
     each other's Python longer than they work: then the caller does it all.
     """
-    shared = _pool.get() is not None and size >= count * WORTH_A_THREAD
-    jobs = min(PARTS, count) if shared else 1
+    shared = _pool.get()
+    worth = shared is not None and size >= count * WORTH_A_THREAD
+    jobs = min(PARTS * shared[1], count) if worth else 1
 
     def some(first: int) -> None:
         for i in range(first, count, jobs):

@@ -10,6 +10,7 @@ import tiny
 from moe_numpy import tree
 from moe_numpy.config import SGD, AdamW, TrainingConfig
 from moe_numpy.moe import jacobs
+from moe_numpy.ops import rows
 from moe_numpy.training import loop, optimizer
 
 ADAMS = (
@@ -280,3 +281,17 @@ def test_the_rate_rises_linearly_then_falls_along_a_cosine_to_its_end():
 def test_the_rate_without_warm_up_starts_at_its_peak_and_a_longer_warm_up_never_reaches_it():
     assert TrainingConfig(steps=5, warmup=0, rate=0.5).rate_at(0) == 0.5
     assert TrainingConfig(steps=5, warmup=9, rate=0.5).rate_at(4) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_where_launches_cost_work_is_not_cut_into_blocks(few, monkeypatch):
+    for module in (optimizer, rows):
+        monkeypatch.setattr(module, "few_launches", lambda: few)
+    calls, sqrt = [], np.sqrt
+    monkeypatch.setattr(optimizer.xp, "sqrt", lambda *a, **k: calls.append(1) or sqrt(*a, **k))
+    p, g, first, second = np.ones((4, 3 * optimizer.BLOCK), "float32")
+    optimizer._adamw(p, g, first, second, AdamW(), 0, 1e-3, 1.0, 1.0)
+    assert len(calls) == (1 if few else 3)
+    calls.clear()
+    rows.in_blocks(lambda x: calls.append(1), np.ones((3, rows.BLOCK)))
+    assert len(calls) == (1 if few else 3)

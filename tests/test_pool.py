@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_numpy import machine
-from moe_numpy.lab import pool, race
+from moe_numpy.lab import pool
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,13 +34,22 @@ def test_cores_are_those_that_the_process_may_use_or_all_where_nobody_tells(monk
 
 
 def test_every_library_of_products_gets_one_thread_and_then_what_it_had(monkeypatch):
-    first, *others = race.POOLS
+    first, *others = machine.THREAD_VARIABLES
     monkeypatch.setenv(first, "7")
     for name in others:
         monkeypatch.delenv(name, raising=False)
     with pool._one_thread_each():
-        assert [os.environ.get(name) for name in race.POOLS] == ["1"] * 3
-    assert [os.environ.get(name) for name in race.POOLS] == ["7", None, None]
+        assert [os.environ.get(name) for name in machine.THREAD_VARIABLES] == ["1"] * 3
+    assert [os.environ.get(name) for name in machine.THREAD_VARIABLES] == ["7", None, None]
+
+
+def test_a_run_in_the_pool_has_one_thread_for_its_products(monkeypatch):
+    for name in machine.THREAD_VARIABLES:
+        monkeypatch.setenv(name, "5")
+    found = pool.run_all(
+        "t", os.getenv, [(name,) for name in machine.THREAD_VARIABLES], 1, 2, False
+    )
+    assert set(found.values()) == {"1"}
 
 
 def test_results_come_by_job_and_an_error_of_a_run_is_its_own():

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from moe_numpy.config import Capacity, LearnedNoise, SwitchLoss
+from moe_numpy.training import data, loop
 from moe_numpy.transformer import model
 
 MOE = tiny.moe(
@@ -45,3 +46,22 @@ def test_what_is_kept_for_a_layer_is_its_input():
     few, many = (step(dataclasses.replace(cfg, layers=layers), batch=16)[1] for layers in (2, 6))
     inputs = 4 * 16 * cfg.context * cfg.width * 4  # of four more layers, in bytes
     assert inputs <= many - few < 1.5 * inputs
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "experts"])
+def test_an_evaluation_keeps_no_cache_of_a_layer(moe):
+    """Else the first evaluation, not the steps, would set the memory of a run."""
+    cfg = dataclasses.replace(tiny.model(moe), layers=6)
+    ids = np.arange(9 * cfg.context + 1) % cfg.vocab_size
+    params = model.init_model(np.random.default_rng(0), cfg)
+    token_WT, target_WT = data.windows(ids, cfg.context)
+    plain = peak(lambda: model.loss_forward(token_WT, target_WT, params, cfg.evaluation()))
+    assert peak(lambda: loop.evaluate(params, cfg, ids)) < plain / 2
+
+
+def peak(work):
+    tracemalloc.start()
+    work()
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found

@@ -139,13 +139,30 @@ def test_threads_change_no_bit_of_the_gradients(name, two_threads):
     assert same_bits(shards.gradients(*batch, shards=SHARDS), one)
 
 
-def test_threads_change_no_bit_of_a_training_run():
+def test_threads_change_no_bit_of_a_training_run(monkeypatch):
     pytest.importorskip("threadpoolctl")
-    runs = []
+    runs, shared, submit = [], [], ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *a: shared.append(1) or submit(*a))
     for threads in (1, 2):
         runs.append(tiny.run(LAYERS["noise, places, losses"], shards=2))
+        assert not shared
         loop.train(runs[-1], show_progress=False, threads=threads)
+    assert len(shared) >= 2 * runs[0].step  # each shard of each step went to a thread
     assert tiny.same_run(*runs)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_a_loop_has_work_for_every_thread_and_leaves_nothing_out(threads):
+    together, seen = threading.Barrier(threads, timeout=30), []
+
+    def work(i):
+        if i < threads:  # the first call of each job waits until all threads have one
+            together.wait()
+        seen.append(i)
+
+    with ThreadPoolExecutor(threads) as pool, machine.sharing(pool, threads):
+        machine.for_each(work, 40, 40 * machine.WORTH_A_THREAD)
+    assert sorted(seen) == list(range(40))
 
 
 def test_threads_work_under_the_settings_of_the_one_that_called_them(two_threads):
@@ -169,7 +186,7 @@ def test_threads_share_out_experts_and_blocks_and_change_no_bit(two_threads, mon
     two = tiny.run(tiny.moe(activation="swiglu"))
     loop.take_step(two)
     assert tiny.same_bits((one.params, one.state), (two.params, two.state))
-    assert len(shared) > 3 * machine.PARTS
+    assert len(shared) > 6 * machine.PARTS
 
 
 def test_a_job_shares_nothing_out_in_turn(two_threads):

@@ -38,10 +38,14 @@ def pairs_of(*trees):
 # ------------------------------------------------------------------------------------------- bits
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(("parts", "size"), [(2, 2), (4, 2), (4, 3), (4, 4)])
-def test_processes_change_no_bit_of_a_training_run(name, parts, size):
+def test_processes_change_no_bit_of_a_training_run(name, parts, size, monkeypatch):
+    asked, each = [], team.Team._each
+    monkeypatch.setattr(team.Team, "_each", lambda *a: asked.append(a[0].size) or each(*a))
     runs = [tiny.run(LAYERS[name], shards=parts) for _ in range(2)]
     loop.train(runs[0], show_progress=False, threads=1)
+    assert not asked
     loop.train(runs[1], show_progress=False, processes=size)
+    assert asked == [size] * 3 * runs[1].step  # gradients, their sum and the update of each step
     assert tiny.same_run(*runs)
 
 
@@ -127,7 +131,7 @@ def test_no_member_waits_for_threads_that_stayed_behind(monkeypatch):
         list(pool.map(time.sleep, [0.01] * 2))  # both threads are there
         with a_team() as (here, crew):
             loop.take_step(here, crew)
-        assert machine._pool.get() is pool
+        assert machine._pool.get()[0] is pool
 
 
 def test_gradients_have_one_tree_fewer_than_shards_if_every_member_has_one():

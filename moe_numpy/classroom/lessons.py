@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moe_numpy import files
+from moe_numpy import files, machine
 
 TIMEOUT = 120  # seconds for one cell
 STRICT = """import warnings
@@ -85,7 +85,7 @@ def execute(notebook: Any, folder: str | Path) -> Any:
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
     )
-    one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    one_thread = os.environ | dict.fromkeys(machine.THREAD_VARIABLES, "1")
     with client.setup_kernel(env=one_thread):
         client.kc.execute(STRICT, silent=True, store_history=False)
         for place, cell in enumerate(notebook.cells):

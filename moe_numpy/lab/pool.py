@@ -13,7 +13,6 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from moe_numpy import machine, progress
-from moe_numpy.lab import race
 from moe_numpy.training import loop
 
 WINDOWS_MOST = 61  # processes that Python's pool can wait for there
@@ -111,8 +110,8 @@ def count_step(_run: loop.Run) -> None:
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Let child processes that start inside the block run their matrix products on one thread."""
-    before = {name: os.environ.get(name) for name in race.POOLS}
-    os.environ.update(dict.fromkeys(race.POOLS, "1"))
+    before = {name: os.environ.get(name) for name in machine.THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(machine.THREAD_VARIABLES, "1"))
     try:
         yield
     finally:

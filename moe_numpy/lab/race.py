@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_numpy import machine
+
 TOLERANCE = 1e-4  # largest difference of two tensors, relative to the largest number in them
 BUSY = 0.15  # share of the machine's time that others took: more marks the round
 GAP = 0.1  # seconds between two blocks
 QUIET_ROUNDS = 3  # as many must be left for the busy ones to be set aside
 PATIENCE = 4  # times the rounds that were asked for: then no further quiet ones are waited for
-# Where the libraries of matrix products read how many threads they may start.
-POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Worker(NamedTuple):
@@ -53,7 +53,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | dict.fromkeys(POOLS, threads),
+            env=os.environ | dict.fromkeys(machine.THREAD_VARIABLES, threads),
         )
 
     def ask(self, *words: Any) -> Any:
