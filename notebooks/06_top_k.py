@@ -101,7 +101,7 @@ figure.tight_layout()
 # has `K`. A tie goes to the lower index.
 #
 # > **Predict.** Read the right-hand grid above: which two experts does *cat* choose, and which is
-# > first? Which expert will be chosen most often over all eight tokens?
+# > first? Which expert will be chosen least often over all eight tokens?
 
 
 # %%
@@ -687,7 +687,7 @@ for n, k in np.argwhere(short.slot_NK == R):
 #
 # - **task**: the squared error of the layer's output;
 # - **Switch loss**: for each expert its share of the choices times its mean probability (of the
-#   noisy logits), added up;
+#   noisy logits), added up, times the number of experts;
 # - **importance CV²**: how unequal the sums of the experts' gates are (CV² is their variance over
 #   their squared mean);
 # - **load CV²**: how unequal the *chances* to be chosen are, over new draws of the noise;
@@ -711,7 +711,8 @@ figure.tight_layout()
 
 # %% [markdown]
 # Each number is the size (Euclidean norm) of the gradient that arrives; black is zero. A star marks
-# a pairing that the configuration refuses, since it has no effect or is not defined.
+# a pairing that the configuration refuses, since it has no effect or is not defined. (The Switch
+# loss of a layer that uses all experts has no effect either, but is allowed.)
 #
 # - **Renormalized top-1, first row.** The task trains the experts and *nothing* in the router.
 #   The importance is dead as well: all gates are one, whatever the router says. But the Switch

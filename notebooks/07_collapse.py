@@ -248,8 +248,8 @@ Image(pictures.animate_shares(one.share, steps, "Top-1, raw gates, one job"), fo
 # The dotted line is an even share. (Where pictures cannot move, you see the last step only.)
 #
 # Now the loop itself: each expert's share, the size of its gradient, and the loss of the tokens it
-# served (each point averages four steps). A line that stops belongs to an expert that no token
-# chose anymore: it has no loss, and its gradient is exactly zero.
+# served (each point averages four steps). Where a line has a gap, no token chose the expert in
+# those steps: it has no loss, and its gradient is exactly zero.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9))
@@ -286,7 +286,7 @@ print(f"named rightly: {right[0]} by step 0, {right[1]} by 20 steps, of {len(stu
 
 # %% [markdown]
 # Nobody knew yet which expert was the best one, and nobody found out: the winner was ahead by luck
-# when learning began.
+# early on, often at the first step already.
 #
 # ## 4. Where collapse does not happen
 #
@@ -309,30 +309,38 @@ print(f"effective experts over the last ten steps: {effective:.2f} of 8")
 #
 # ### What made the difference?
 #
-# Two things changed at once. One job means one *function* for all tokens. But those tokens also lie
-# around one center, so their vectors have a *direction* in common, while eight centers point
+# Several things changed at once. One job means one *function* for all tokens. But those tokens also
+# lie around one center, so their vectors have a *direction* in common, while eight centers point
 # anywhere. By section 1 either can feed the loop: the function through the experts, the direction
-# through the router. So we take them apart: one job around the origin, and eight jobs that are all
-# moved by one and the same vector. Every number is one seed (four of them, two in the long runs):
-# effective experts over the last tenth of a run, at the learning rate of the table below.
+# through the router. (And the clusters differ in their *spread*, the standard deviation around a
+# center: 1 in the one job, 0.5 in the eight.) So we change one at a time: one job around the
+# origin, the same with the smaller spread, and eight jobs that are all moved by one and the same
+# vector. Every number is one seed (four of them, two in the long runs): effective experts over the
+# last tenth of a run, at the learning rate of the table below.
 #
 # > **Predict.** Which of the two collapses, "one job, centered" or "eight jobs, shifted"?
 
 # %%
 short = ("one job", "one job, centered", "eight jobs", "eight jobs, shifted")
-long = ("one job, centered", "eight jobs")
+long = ("one job, centered", "one job, centered, spread 0.5")
 for task, steps in [*((task, 600) for task in short), *((task, 2400) for task in long)]:
     found = []
     for seed in study.seeds[: 4 if steps == 600 else 2]:
         load = rich_get_richer.follow(raw, task, seed, steps).trace.load
         found.append(metrics.effective_experts(load[-steps // 10 :].sum(0)))
-    print(f"{task:20} {steps:5} steps:", *(f"{effective:5.1f}" for effective in found))
+    print(f"{task:30} {steps:5} steps:", *(f"{effective:5.1f}" for effective in found))
 
 # %% [markdown]
 # The direction decides first. Without it the one job does not collapse in 600 steps; with it even
-# the eight jobs do. The common function feeds the loop too, but slowly: after four times as many
-# steps the one job has collapsed around the origin as well, and the eight jobs have not. So if a
-# router of yours collapses, look first at the mean of its inputs.
+# the eight jobs do. So if a router of yours collapses, look at the mean of its inputs: a hypothesis
+# from toy runs, but cheap to test.
+#
+# What the common *function* does is harder to say. After four times as many steps the one job has
+# collapsed around the origin as well. But with the spread that each of the eight clusters has it
+# has not, though the function is just as common (its inputs are smaller then, and so are the
+# router's logits). One job against eight changes the function, the number of clusters and their
+# spread. Which of these keeps the eight jobs alive, these runs do not tell: change one thing at a
+# time, and you know what you learned.
 #
 # Now a language model, as in a real MoE: top-1 of 16 experts in two layers, trained on
 # text. All its tokens first need the same job (which characters are frequent at all?), and nothing
@@ -519,7 +527,8 @@ for task in settings["tasks"]:
 # larger models may answer differently; these records do not tell. Balance is a means. Ask what it
 # buys, on your task, with your budget.
 #
-# **Your predictions.** One job: about one expert survives. Eight jobs: most do. And an even load
+# **Your predictions.** One job whose tokens share a direction: about one expert survives; without
+# the direction most were still alive after 600 steps. Eight jobs: most survive. And an even load
 # alone says nothing about the router.
 #
 # ## What you can do now
@@ -580,9 +589,9 @@ print(exercises_07.check_alarm(my_alarm, early, collapsed))
 #
 # - In the package: `moe_numpy/moe/balance.py` has the Switch loss and its relatives, each with its
 #   gradient; `moe_numpy/moe/capacity.py` decides who gets a place.
-# - Many models of today balance without a loss: every expert has a bias that enters the choice but
-#   not the gate, and is moved by its load (DeepSeek-V3). Here it is `bias_rate`, and
-#   `python -m moe_numpy systems deepseek_v3` explains it.
+# - Many models of today balance almost without a loss: every expert has a bias that enters the
+#   choice but not the gate, and is moved by its load (DeepSeek-V3, which keeps a tiny loss beside
+#   it). Here it is `bias_rate`, and `python -m moe_numpy systems deepseek_v3` explains it.
 # - Try it: `rich_get_richer.follow(study.settings()["top-2"], "one job", seed=0)`. Does a second
 #   choice help? Find it in the table first.
 # - Shazeer et al. 2017, *Outrageously Large Neural Networks*, describes the loop in words (section

@@ -12,7 +12,7 @@
 # - read a measured gain with its spread, and tell it from noise.
 #
 # **Builds on** chapter 06 (dispatch and combine). **Time** about 25 minutes of reading; the cells
-# run in seconds. **The key moment** is section 9: what did *not* help.
+# run in seconds. **The key moment** is section 9: what could *not* be shown to help.
 
 # %%
 # %matplotlib inline
@@ -40,7 +40,9 @@ removals = files.read_json(FIGURES / "speed_steps.json")
 #
 # 1. A training step multiplies matrices, and does much else: norms, softmaxes, activations, the
 #    optimizer. Which share of its time are the matrix products?
-# 2. Which gains more: numbers of half the size (float32 for float64), or two cores for one?
+# 2. Two cores train one model. Which is better: both work on each product together, or each works
+#    on its own half of the batch? And which gains more, that choice, or numbers of half the size
+#    (float32 for float64)?
 # 3. An optimizer that works on small blocks, which stay in the cache, should be faster than one
 #    that runs over whole arrays a dozen times. How much?
 
@@ -49,15 +51,16 @@ removals = files.read_json(FIGURES / "speed_steps.json")
 #
 # Each optimization is switched off *alone*, everything else stays, and both programs take turns on
 # the same machine: with, without, with, without. The **gain** of a round is the time without it
-# over the time with it: 2 means twice as fast, 1 means no difference. There are several rounds; we
-# print the median gain and, in parentheses, the smallest and the largest. A spread that includes 1
-# proves nothing.
+# over the time with it: 2 means twice as fast, 1 means no difference. Of all rounds we print the
+# median gain and, in parentheses, the smallest and the largest. A spread that includes 1 proves
+# nothing.
 #
 # The numbers below were read from a record of one machine. `python -m moe_numpy bench` measures
 # yours.
 
 # %%
 print(bench_report.machine_line(removals))
+print("rounds:", *sorted({row["rounds"] for row in removals["rows"]}))
 models = dict(zip(bench_report.row_names(removals), removals["rows"], strict=True))
 
 
@@ -79,8 +82,9 @@ def show(step):
 # ## 2. The limit: matrix products
 #
 # NumPy hands its matrix products to a library (here OpenBLAS) that is as good at them as anyone.
-# Nothing in Python can make them faster, so they are the limit. How far from it is a step? The
-# benchmark notes every product of a step, and repeats them alone.
+# Given their shapes, their type and the number of threads, nothing in Python can make them faster:
+# they are the limit. How far from it is a step? The benchmark notes every product of a step, and
+# repeats them alone.
 
 # %%
 for row in races["rows"]:
@@ -127,8 +131,9 @@ print(f"rows in slices: {needed}, rows with padding: {padded}, {padded / needed:
 show("slices")
 
 # %% [markdown]
-# The gain is larger than the padding explains: padded rows must also be copied to their places and
-# back, and zeros must be written.
+# That was a layer whose router is new. The more uneven the counts, the more there is to pad: a
+# router that sends all tokens to one of eight experts pads eightfold. And beside the larger
+# products, the padded rows must be copied to their places and back.
 #
 # ### The way back is a look-up, too
 #
@@ -207,9 +212,9 @@ show("processes")
 # ## 7. Layers with many experts
 #
 # With 128 experts each has a handful of tokens. Its product is so small that the library's
-# preparations (it first copies the matrices into an order of its own) cost more than the
-# arithmetic. Smaller pieces of the matrix skip these preparations. And the threads share out whole
-# experts instead of meeting in every product.
+# preparations (it first copies the matrices into an order of its own) are a large part of the work.
+# Smaller pieces of the matrix skip these preparations. And the threads share out whole experts
+# instead of meeting in every product.
 
 # %%
 few = (rng.standard_normal((64, 128)).astype("float32"), np.arange(0, 65, 16))  # 16 rows each
@@ -244,10 +249,10 @@ for step in bench.OF_GENERATION:
 # The three are not independent: without the cache there is no "single token" either, so the first
 # gain contains the second.
 #
-# ## 9. What did not help
+# ## 9. What could not be shown to help
 #
-# Some ideas are in the code although their gain is not to be seen at these sizes. The record says
-# which: here is every gain whose spread includes 1.
+# Some ideas are in the code although their gain is not certain at these sizes. The record says
+# which: here is every gain whose spread includes 1. It may be there, or not.
 
 # %%
 for name, row in models.items():
@@ -259,7 +264,8 @@ for name, row in models.items():
 # %% [markdown]
 # Blocks in the optimizer keep its temporaries small, whatever the size of the largest array, and
 # that is why they stay. Sums of rows as products (`rows.sums`) are as short to write as NumPy's
-# own. Neither is kept for its speed.
+# own. Neither is kept for its speed. Where a median is well above 1, more rounds on a quieter
+# machine may decide; until then, do not build on it.
 #
 # ## 10. The picture
 
@@ -270,8 +276,9 @@ display(bench_pictures.steps_figure(removals))
 # ## Exercise
 #
 # Your turn: write `dots`, the scalar product of each row of `x` with the same row of `y`, in a way
-# of your own, put it in the place of the package's, and see that the layer's output stays the same.
-# Then measure both: `%timeit` in a cell of your own. Which shapes favor which?
+# of your own, put it in the place of the package's, and see that it gives the same numbers of the
+# same type, and the layer the same gradient. Then measure both: `%timeit` in a cell of your own.
+# Which shapes favor which?
 
 
 # %%
@@ -279,9 +286,13 @@ def my_dots(x, y):
     return (x * y).sum(-1, keepdims=True)  # one way; find another
 
 
+mine, plain = my_dots(x_NC, y_NC), rows.dots(x_NC, y_NC)
+print("shape and type:", (mine.shape, mine.dtype) == (plain.shape, plain.dtype), end=", ")
+print("numbers:", np.allclose(mine, plain, atol=1e-5), end=", ")
 with registry.swap("dots", my_dots):
-    y_mine, *_ = layer.moe_forward(x_NC, params, cfg)
-print("equal to rounding:", np.allclose(y_mine, y_NC, atol=1e-5))
+    _, grads = layer.moe_backward(y_NC, one, layer.moe_forward(x_NC, params, cfg)[-1])
+right = layer.moe_backward(y_NC, one, cache)[1].router.w_CE
+print("gradient of the router:", np.allclose(grads.router.w_CE, right, atol=1e-5))
 
 # %% [markdown]
 # ## Where to go next

@@ -53,9 +53,9 @@ class Audit(NamedTuple):
 def audit(seed: int = 0, tokens: int = 64, width: int = 8, num_experts: int = 4) -> Audit:
     """Send every loss term backward through every kind of gate.
 
-    The layer refuses two pairings, because the term would have no effect. The importance of
-    renormalized top-1 gates is computed from its pairs all the same, to show the zero. The load of
-    all experts is not defined: there is no expert left that could be the first one out.
+    The layer refuses two pairings. The importance of renormalized top-1 gates would have no effect;
+    it is computed from its pairs all the same, to show the zero. The load of all experts is not
+    defined: there is no expert left that could be the first one out.
 
     Parameters
     ----------

@@ -52,11 +52,14 @@ class Study:
         """Name tasks that are not in the record: those above without, or with, a common direction.
 
         In "one job" all inputs share the direction of their center; in "eight jobs" they do not.
+        The last differs from the first in the spread alone.
         """
         tasks = self.tasks()
+        centered = tasks["one job"] | {"center_scale": 0.0}
         return {
-            "one job, centered": tasks["one job"] | {"center_scale": 0.0},
+            "one job, centered": centered,
             "eight jobs, shifted": tasks["eight jobs"] | {"shift": 1.0},
+            "one job, centered, spread 0.5": centered | {"spread": 0.5},
         }
 
     def settings(self) -> dict[str, MoEConfig]:

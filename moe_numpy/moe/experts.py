@@ -280,7 +280,7 @@ def experts_forward(
     Shapes     x_RC (R, C), rows sorted by expert; offsets E + 1 integers -> y_RC (R, C)
     Cache      the caches of its parts: x once, and for each hidden unit of a row as many numbers as
                `ledger.LEFT` lists for its activation (2 for GELU, 3 for SwiGLU)
-    Source     Shazeer et al. 2017, section 3.1; gated: Jiang et al. 2024, Mixtral, section 2.1
+    Source     Shazeer et al. 2017, section 3.2; gated: Jiang et al. 2024, Mixtral, section 2.1
     """
     a_RF, in_cache = expert_linear_forward(x_RC, params.in_ECF, params.in_EF, offsets)  # 1. widen
     up_RF = up_cache = third_RF = third_cache = None
