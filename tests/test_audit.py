@@ -164,11 +164,11 @@ def by_sorting(dx_RC, token_R, N):
     return dx_RC[np.argsort(token_R, kind="stable")].reshape(N, -1, dx_RC.shape[1]).sum(1)
 
 
-def bracket(dgate_NK, score_NK, weights="gate", own=False, over=True):
-    s_N1 = score_NK.sum(1, keepdims=True)
+def bracket(dgate_NK, score_NK, weights="gate", own=False, over=True, outer=1, inner=1):
+    s_N1 = score_NK.sum(outer, keepdims=True)
     weight_NK = score_NK / s_N1 if weights == "gate" else score_NK
     kept = weight_NK * dgate_NK
-    return (dgate_NK - (kept if own else kept.sum(1, keepdims=True))) / (s_N1 if over else 1)
+    return (dgate_NK - (kept if own else kept.sum(inner, keepdims=True))) / (s_N1 if over else 1)
 
 
 def divided_wrongly(dgate_NK, prob_NE, expert_NK, **slips):
@@ -181,6 +181,27 @@ def sigmoid_wrongly(dgate_NK, logit_NE, expert_NK, of_gate=False, **slips):
     x_NK = s_NK / s_NK.sum(1, keepdims=True) if of_gate else s_NK
     ds_NK = bracket(dgate_NK, s_NK, **slips) * x_NK * (1 - x_NK)
     return scatter(ds_NK, expert_NK, logit_NE.shape[1])
+
+
+def deaf_to_n(dx_RC, token_R, N):
+    return add_at(dx_RC, token_R, token_R.max() + 1)
+
+
+def hard_coded(dx_RC, token_R, N):
+    dx_NC = np.zeros((7, 4))
+    dx_NC[:N, : dx_RC.shape[1]] = add_at(dx_RC, token_R, N)
+    return dx_NC
+
+
+def integers(dx_RC, token_R, N):
+    dx_NC = np.zeros((N, dx_RC.shape[1]), int)
+    for r, c in np.ndindex(dx_RC.shape):
+        dx_NC[token_R[r], c] += dx_RC[r, c]
+    return dx_NC
+
+
+def unchosen(score_NE, expert_NK):
+    return 1 - scatter(np.ones(expert_NK.shape), expert_NK, score_NE.shape[1])
 
 
 def todo(*args):
@@ -210,7 +231,31 @@ one, two, three = (
         (one, overwriting, "the function changed its arguments"),
         (one, by_sorting, "right: 28 numbers agree with the judge; but where choices were dropped"),
         (one, lambda dx, t, N: (add_at(dx, t, N), t), "the answer must be one array, got a tuple"),
+        (one, lambda *a: add_at(*a).tolist(), "right: 28 numbers agree with the judge"),
+        (one, deaf_to_n, "right: 28 numbers agree with the judge; but where choices were dropped"),
+        (one, hard_coded, "right: 28 numbers agree with the judge; but where choices were dropped"),
+        (one, lambda *a: add_at(*a) + 0j, "the answer must be one array of real numbers, got nu"),
+        (one, lambda *a: add_at(*a).astype(str), "the answer must be one array of real numbers"),
+        (one, lambda *a: np.full((7, 4), None), "the answer must be one array of real numbers"),
+        (
+            one,
+            lambda *a: [[1.0], [2.0, 3.0]],
+            "the answer must be one array of real numbers, got l",
+        ),
+        (one, lambda dx, t, N: add_at(dx, t - 1, N), "wrong: each sum stands in the row before"),
+        (one, lambda dx, t, N: add_at(dx, (t + 1) % N, N), "wrong: each sum stands in the row aft"),
+        (one, lambda dx, t, N: add_at(dx, np.roll(t, 1), N), "wrong: each row of dx_RC went to"),
+        (one, lambda dx, t, N: add_at(dx, np.roll(t, -1), N), "wrong: each row of dx_RC went to"),
+        (one, integers, "wrong: the answer holds integers"),
         (two, divided, "right: "),
+        (two, lambda *a: divided(*a).astype("float32"), "right: "),
+        (two, lambda dg, p, e: divided(dg, p, e) + 1e-7 * unchosen(p, e), "wrong: unselected"),
+        (two, lambda *a: (1 + 2e-6) * divided(*a), "wrong: nearly right"),
+        (two, lambda *a: 0.995 * divided(*a), "wrong: nearly right, off by up to 2.3e-03; was"),
+        (two, lambda *a: divided_wrongly(*a, outer=0), "wrong: the renormalizing sum was taken"),
+        (two, lambda *a: divided_wrongly(*a, inner=0), "wrong: the sum of gate times dgate"),
+        (two, lambda *a: divided_wrongly(*a, outer=0, inner=0), "wrong: each of the two sums"),
+        (two, lambda dg, p, e: divided(dg[:, :2], p, e[:, :2]), "wrong: only the first two"),
         (two, constant_sum, "wrong: the renormalizing sum was treated as a constant"),
         (two, raw, "wrong: this is the gradient of the raw gates"),
         (two, lambda *a: divided_wrongly(*a, weights="p"), "wrong: the sum over the chosen gates"),
@@ -221,6 +266,20 @@ one, two, three = (
         (two, lambda *a: 2 * divided(*a), "wrong: everything is 2 times what it should be"),
         (two, lambda dg, p, e: p @ dg, "the function stopped with ValueError"),
         (three, sigmoid_gate, "right: "),
+        (
+            three,
+            lambda dg, z, e: sigmoid_gate(dg, z, e) + 1e-7 * unchosen(z, e),
+            "wrong: unselected logits got a gradient",
+        ),
+        (three, lambda *a: sigmoid_wrongly(*a, outer=0), "wrong: the renormalizing sum was taken"),
+        (three, lambda *a: sigmoid_wrongly(*a, inner=0), "wrong: the sum of gate times dgate"),
+        (three, lambda *a: sigmoid_wrongly(*a, outer=0, inner=0), "wrong: each of the two sums"),
+        (three, lambda dg, z, e: sigmoid_gate(dg[:, :2], z, e[:, :2]), "wrong: only the first two"),
+        (
+            three,
+            lambda dg, z, e: sigmoid_gate(dg, z, e) * (1 - unchosen(z, e[:, :2])),
+            "wrong: only the first two choices got a gradient",
+        ),
         (three, lambda *a: sigmoid_gate(*a, slope=False), "wrong: the slope of the sigmoid"),
         (three, lambda *a: sigmoid_gate(*a, constant=True), "wrong: the renormalizing sum"),
         (

@@ -239,10 +239,30 @@ def effective(load_E, log=math.log, sign=-1, last=math.exp, skip=True, shares=Tr
     return last(sign * sum(terms))
 
 
+def changing(solution):
+    """Solve an exercise, but with its first argument spoiled on the way."""
+
+    def spoiled(first, *others):
+        found = solution(first.copy(), *others)
+        first[0] = 1 - first[0]
+        return found
+
+    return spoiled
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
         (effective, "solved:"),
+        (changing(effective), "the function changed its arguments; work on a copy, others still"),
+        (lambda load: effective(load[:4]), "for the load [3, 0, 3, 0, 2] it must be"),
+        (lambda load: round(effective(load), 4), "3.33606947, got 3.33610000. This is nearly"),
+        (
+            lambda load: effective(load, log=lambda p: math.log(p + 1e-6), skip=False),
+            "must be 3.33606947, got 3.33605613. This is nearly right: was it rounded",
+        ),
+        (lambda load: np.complex128(effective(load)), "one number, got complex128"),
+        (lambda load: [[1], [2, 3]], "one number, got list"),
         (metrics.effective_experts, "solved:"),
         (lambda load: effective(load, last=float), "take its exponential"),
         (lambda load: effective(load, sign=1), "a minus in front"),
@@ -264,6 +284,11 @@ def test_the_first_check_names_the_mistake(answer, words):
     assert words in exercises.check_effective_experts(answer)
 
 
+def without_minlength(prob_NE, expert_NK):
+    share_E = np.bincount(expert_NK.ravel()) / expert_NK.size
+    return np.tile(prob_NE.shape[1] * share_E / len(prob_NE), (len(prob_NE), 1))
+
+
 def switch(prob_NE, expert_NK):
     N, E = prob_NE.shape
     f_E = np.bincount(expert_NK.reshape(-1), minlength=E) / expert_NK.size
@@ -274,6 +299,11 @@ def switch(prob_NE, expert_NK):
     ("answer", "words"),
     [
         (switch, "solved:"),
+        (changing(switch), "the function changed its arguments; work on a copy, others still"),
+        (without_minlength, "An expert that nobody chose has a column, too."),
+        (lambda p, e: np.zeros_like(p) + without_minlength(p, e), "it stopped with ValueError"),
+        (lambda p, e: switch(p, e) + 0j, "one array of numbers, got ndarray"),
+        (lambda p, e: switch(p, e).round(3), "must be 0.3333333, got 0.333."),
         (lambda p, e: switch(p, e)[0], "the shape of prob"),
         (lambda p, e: switch(p, e) / p.shape[1], "factor E"),
         (lambda p, e: switch(p, e) * p.shape[0], "factor 1 / N"),

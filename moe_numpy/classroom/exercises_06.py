@@ -17,16 +17,14 @@ from moe_numpy.ops import activation, softmax
 N, E, K, C = 7, 5, 3, 4
 STEP = 1e-4  # of the central differences
 CLOSE = 1e-6  # relative to the largest number of the right answer
+ROUNDING = 1e-12  # likewise; what the way back through a softmax may leave where zero is right
 
 
 def check_dispatch_backward(fn: Callable) -> str:
     """Judge ``fn(dx_RC, token_R, N) -> dx_NC``, the gradient of ``x_RC = x_NC[token_R]``."""
     rng = np.random.default_rng(61)
-    logit_NE = rng.standard_normal((N, E))
-    expert_NK = router.top_k(logit_NE, K)
-    token_R = capacity.make_plan(expert_NK, logit_NE, logit_NE, None)[1].token_R
-    dx_RC = rng.standard_normal((N * K, C))
-    right = _sent_back(dx_RC, token_R)
+    dx_RC, token_R = _copies(rng, N, C)
+    right = _sent_back(dx_RC, token_R, N)
     last = np.zeros((N, C))
     last[token_R] += dx_RC  # on zeros the same as `=`: of equal indices the last one wins
     mistakes = {
@@ -38,22 +36,38 @@ def check_dispatch_backward(fn: Callable) -> str:
             dx_RC.reshape(N, K, C).sum(1)
         ),
     }
+    for step, where in ((-1, "before"), (1, "after")):
+        mistakes |= {
+            f"each sum stands in the row {where} that of its token": np.roll(right, step, 0),
+            f"each row of dx_RC went to the token of the row {where} it": (
+                _sent_back(dx_RC, np.roll(token_R, -step), N)
+            ),
+        }
     first = verdict(fn, (dx_RC, token_R, N), right, mistakes)
     if not first.startswith("right"):
         return first
-    few_R = token_R[token_R != token_R[0]][:-1]  # one token without a row, one with a row less
-    dx_RC = dx_RC[: len(few_R)]
-    second = verdict(fn, (dx_RC, few_R, N), _sent_back(dx_RC, few_R), {})
+    dx_RC, token_R = _copies(rng, N - 2, C - 1)
+    kept = np.flatnonzero(token_R != N - 3)[1:]  # the last token has no row, one has a row less
+    few = dx_RC[kept], token_R[kept], N - 2
+    second = verdict(fn, few, _sent_back(*few), {})
     if not second.startswith("right"):
-        return f"{first}; but where choices were dropped, so that tokens have fewer rows: {second}"
+        return (
+            f"{first}; but where choices were dropped, so that tokens have fewer rows and the "
+            f"last one has none: {second}"
+        )
     return first
 
 
-def _sent_back(dx_RC: np.ndarray, token_R: np.ndarray) -> np.ndarray:
-    right = np.zeros((N, C))
-    for r in range(len(token_R)):
-        for c in range(C):
-            right[token_R[r], c] += dx_RC[r, c]
+def _copies(rng: np.random.Generator, N: int, C: int) -> tuple[np.ndarray, np.ndarray]:
+    logit_NE = rng.standard_normal((N, E))
+    plan = capacity.make_plan(router.top_k(logit_NE, K), logit_NE, logit_NE, None)[1]
+    return rng.standard_normal((N * K, C)), plan.token_R
+
+
+def _sent_back(dx_RC: np.ndarray, token_R: np.ndarray, N: int) -> np.ndarray:
+    right = np.zeros((N, dx_RC.shape[1]))
+    for r, c in np.ndindex(dx_RC.shape):
+        right[token_R[r], c] += dx_RC[r, c]
     return right
 
 
@@ -80,8 +94,6 @@ def check_divided_gate_backward(fn: Callable) -> str:
     gate_NK = kept_NK / sum_N1
     inner_NK = dgate_NK - (gate_NK * dgate_NK).sum(1, keepdims=True)
     mistakes = {
-        "the renormalizing sum was treated as a constant; it depends on every chosen "
-        "probability": through_softmax(dgate_NK / sum_N1),
         "this is the gradient of the raw gates: the division by the sum is missing": (
             through_softmax(dgate_NK)
         ),
@@ -91,14 +103,9 @@ def check_divided_gate_backward(fn: Callable) -> str:
         "the softmax was undone as if each gate depended on its own logit alone": (
             _scatter(gate_NK * (1 - gate_NK) * dgate_NK, expert_NK)
         ),
-        "the sum over the chosen gates has their probabilities as weights; it takes the gates": (
-            through_softmax((dgate_NK - (kept_NK * dgate_NK).sum(1, keepdims=True)) / sum_N1)
-        ),
-        "the division was undone for each gate's own probability alone; the sum holds all chosen "
-        "ones": through_softmax(dgate_NK * (1 - gate_NK) / sum_N1),
-        "the division by the sum is missing in front of the bracket": through_softmax(inner_NK),
         "the gradients stand in the order of the choices, not under the experts that were "
         "chosen": np.pad(gate_NK * inner_NK, ((0, 0), (0, E - K))),
+        **{why: through_softmax(d_NK) for why, d_NK in _slips(dgate_NK, kept_NK).items()},
     }
     right = _slopes(gate, logit_NE, dgate_NK)
     return verdict(fn, (dgate_NK, prob_NE, expert_NK), right, mistakes, expert_NK)
@@ -126,9 +133,6 @@ def check_sigmoid_gate_backward(fn: Callable) -> str:
     soft_NK = softmax.softmax_forward(np.take_along_axis(logit_NE, expert_NK, 1))[0]
     soft_inner_NK = dgate_NK - (soft_NK * dgate_NK).sum(1, keepdims=True)
     mistakes = {
-        "the renormalizing sum was treated as a constant; it depends on every chosen score": (
-            _scatter(dgate_NK / sum_N1 * slope_NK, expert_NK)
-        ),
         "this is the gradient of softmax gates; here the scores are sigmoids": (
             _scatter(soft_NK * soft_inner_NK, expert_NK)
         ),
@@ -139,20 +143,10 @@ def check_sigmoid_gate_backward(fn: Callable) -> str:
         "this is the gradient of sigmoid gates that nothing divides; these are divided": (
             _scatter(dgate_NK * slope_NK, expert_NK)
         ),
-        "the division by the sum is missing in front of the bracket": (
-            _scatter(inner_NK * slope_NK, expert_NK)
-        ),
-        "the division was undone for each gate's own score alone; the sum holds all chosen ones": (
-            _scatter(dgate_NK * (1 - gate_NK) / sum_N1 * slope_NK, expert_NK)
-        ),
         "the slope of the sigmoid is s (1 - s), with the score; here it has the gate": (
             _scatter(inner_NK / sum_N1 * gate_NK * (1 - gate_NK), expert_NK)
         ),
-        "the sum over the chosen gates has their scores as weights; it takes the gates": (
-            _scatter(
-                (dgate_NK - (s_NK * dgate_NK).sum(1, keepdims=True)) / sum_N1 * slope_NK, expert_NK
-            )
-        ),
+        **{why: _scatter(d * slope_NK, expert_NK) for why, d in _slips(dgate_NK, s_NK).items()},
     }
     right = _slopes(gate, logit_NE, dgate_NK)
     found = verdict(fn, (dgate_NK, logit_NE, expert_NK), right, mistakes, expert_NK)
@@ -162,6 +156,35 @@ def check_sigmoid_gate_backward(fn: Callable) -> str:
             "the division, as in Llama 4, it hears s (1 - s) dgate"
         )
     return found
+
+
+def _slips(dgate_NK: np.ndarray, score_NK: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what slips on the way back through `gate = score / sum` give for the scores."""
+
+    def back(dgate: np.ndarray, score: np.ndarray, outer: int = 1, inner: int = 1) -> np.ndarray:
+        total = score.sum(outer, keepdims=True)
+        return (dgate - (score / total * dgate).sum(inner, keepdims=True)) / total
+
+    both, sum_N1 = (dgate_NK, score_NK), score_NK.sum(1, keepdims=True)
+    weighted_N1 = (score_NK * dgate_NK).sum(1, keepdims=True)
+    two = np.pad(back(dgate_NK[:, :2], score_NK[:, :2]), ((0, 0), (0, K - 2)))
+    axis = "was taken over the tokens (axis 0); it runs over a token's choices (axis 1)"
+    return {
+        "the renormalizing sum was treated as a constant; it depends on every chosen expert": (
+            dgate_NK / sum_N1
+        ),
+        "the sum over the chosen gates has as weights what was not divided yet; it takes the "
+        "gates": (dgate_NK - weighted_N1) / sum_N1,
+        "the division was undone for each gate alone; the sum holds all chosen ones": (
+            dgate_NK * (1 - score_NK / sum_N1) / sum_N1
+        ),
+        "the division by the sum is missing in front of the bracket": back(*both) * sum_N1,
+        f"the renormalizing sum {axis}": back(*both, outer=0),
+        f"the sum of gate times dgate {axis}": back(*both, inner=0),
+        f"each of the two sums {axis}": back(*both, outer=0, inner=0),
+        "only the first two choices were used; all of them count": two,
+        "only the first two choices got a gradient": back(*both) * (np.arange(K) < 2),
+    }
 
 
 def verdict(
@@ -192,9 +215,10 @@ def verdict(
         return complaint
     if any(not np.array_equal(a, b) for a, b in zip(args, given, strict=True)):
         return "the function changed its arguments; work on a copy, others still need them"
-    if _equal(answer, right):
+    answer = np.asarray(answer)
+    if _equal(answer, right) and not _leaks(answer, right, expert_NK):
         return f"right: {right.size} numbers agree with the judge"
-    return f"wrong: {_cause(np.asarray(answer), right, mistakes, expert_NK)}"
+    return f"wrong: {_cause(answer, right, mistakes, expert_NK)}"
 
 
 def _form(answer: object, right: np.ndarray) -> str | None:
@@ -202,9 +226,16 @@ def _form(answer: object, right: np.ndarray) -> str | None:
         return "the function returned nothing; does it end with `return`?"
     if isinstance(answer, tuple):
         return f"the answer must be one array, got a tuple of {len(answer)}"
-    if np.shape(answer) != right.shape:
-        return f"the answer must have the shape {right.shape}, got {np.shape(answer)}"
-    if not np.isfinite(answer).all():
+    try:
+        table = np.asarray(answer)
+    except (TypeError, ValueError):
+        return f"the answer must be one array of real numbers, got {type(answer).__name__}"
+    if table.shape != right.shape:
+        return f"the answer must have the shape {right.shape}, got {table.shape}"
+    if table.dtype.kind not in "iuf":
+        got = table.dtype.type.__name__.strip("_")
+        return f"the answer must be one array of real numbers, got numbers of type {got}"
+    if not np.isfinite(table).all():
         return "the answer holds NaN or infinity; was something divided by zero, or 0 * inf formed?"
     return None
 
@@ -216,22 +247,26 @@ def _cause(
     expert_NK: np.ndarray | None,
 ) -> str:
     """Name the mistake, or else say where the answer is furthest off."""
+    if answer.dtype.kind != "f":
+        return "the answer holds integers, which cut what is written there; np.zeros holds floats"
     if not answer.any():
         return "every number is zero; nothing was written into the answer"
     for explanation, wrong in mistakes.items():
         if _equal(answer, wrong):
             return explanation
+    off = np.abs(answer - right)
+    near = off.max() <= 0.01 * np.abs(right).max()
+    hint = "was a small number added to a sum, or something rounded?"
+    if _leaks(answer, right, expert_NK):
+        leak = "unselected logits got a gradient; these gates do not depend on them"
+        return f"{leak}; {hint}" if near else leak
+    if near:
+        return f"nearly right, off by up to {off.max():.1e}; {hint}"
     if _equal(answer, -right):
         return "the sign is turned around"
     factor = float((answer * right).sum() / (right * right).sum())
     if _equal(answer, factor * right):
         return f"everything is {factor:.4g} times what it should be"
-    if expert_NK is not None:
-        unchosen = np.ones(right.shape, bool)
-        np.put_along_axis(unchosen, expert_NK, False, 1)
-        if np.abs(answer[unchosen]).max() > CLOSE:
-            return "unselected logits got a gradient; these gates do not depend on them"
-    off = np.abs(answer - right)
     n, i = np.unravel_index(int(off.argmax()), off.shape)
     count = int((off > CLOSE * np.abs(right).max()).sum())
     return (
@@ -240,8 +275,18 @@ def _cause(
     )
 
 
-def _equal(answer: object, right: np.ndarray) -> bool:
-    return bool(np.abs(np.asarray(answer) - right).max() <= CLOSE * np.abs(right).max())
+def _leaks(answer: np.ndarray, right: np.ndarray, expert_NK: np.ndarray | None) -> bool:
+    """Say whether logits that were not chosen got more than the rounding of their precision."""
+    if expert_NK is None:
+        return False
+    unchosen = np.ones(right.shape, bool)
+    np.put_along_axis(unchosen, expert_NK, False, 1)
+    rounding = ROUNDING if answer.dtype == float else CLOSE
+    return bool(np.abs(answer[unchosen]).max() > rounding * np.abs(right).max())
+
+
+def _equal(answer: np.ndarray, right: np.ndarray) -> bool:
+    return bool(np.abs(answer - right).max() <= CLOSE * np.abs(right).max())
 
 
 def _scatter(chosen_NK: np.ndarray, expert_NK: np.ndarray) -> np.ndarray:

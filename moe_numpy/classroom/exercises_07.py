@@ -10,11 +10,12 @@ import numpy as np
 
 NOT_YET = "not solved yet: {}. Replace the line that raises NotImplementedError."
 SOLVED = "solved: {}"
+CHANGED = "the function changed its arguments; work on a copy, others still need them."
 
 
 def check_effective_experts(answer: Callable[[np.ndarray], float]) -> str:
     """Check exercise 1: effective experts of one layer's load, counts of shape (E,), with loops."""
-    cases = [[6, 2, 4, 1], [5, 5, 5, 5], [3, 0, 3, 0, 0], [7, 0, 0]]
+    cases = [[6, 2, 4, 1], [5, 5, 5, 5], [3, 0, 3, 0, 2], [7, 0, 0]]
     for load in cases:
         came, problem = _call(answer, np.array(load), todo="effective experts")
         if problem:
@@ -24,9 +25,9 @@ def check_effective_experts(answer: Callable[[np.ndarray], float]) -> str:
         if problem:
             return problem
         if not _close(came, right):
-            return f"for the load {load} it must be {right:.4f}, got {came:.4f}. " + _why(
-                came, load
-            )
+            digits = 8 if _near(came, right) else 4
+            numbers = f"it must be {right:.{digits}f}, got {came:.{digits}f}"
+            return f"for the load {load} {numbers}. {_why(came, load)}"
     return SOLVED.format("it counts the experts that are really used.")
 
 
@@ -60,17 +61,20 @@ def _why(came: float, load: list[int]) -> str:
             return reason
     if _close(came, _exp(-sum(c * math.log(c) for c in load if c > 0))):
         return "The counts went into the logarithm: divide by their sum first, to get shares."
+    if _near(came, _effective(load)):
+        return "This is nearly right: was it rounded, or was something added inside the log?"
     return "Make shares of the counts, add up -share log share, take exp."
 
 
 def check_switch_gradient(answer: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> str:
     """Check exercise 2: dprob_NE of the Switch loss, from prob_NE (N, E) and expert_NK (N, K)."""
     rng = np.random.default_rng(7)
-    for N, E, K in ((6, 4, 1), (5, 3, 2)):
+    for N, E, K, idle in ((6, 4, 1, False), (5, 3, 2, False), (4, 5, 2, True)):
         logit_NE = rng.normal(size=(N, E))
+        logit_NE[:, -1] -= 9 * idle  # so that nobody chooses the last expert
         prob_NE = np.exp(logit_NE) / np.exp(logit_NE).sum(1, keepdims=True)
         expert_NK = np.argsort(-logit_NE, 1)[:, :K]
-        came, problem = _call(answer, prob_NE.copy(), expert_NK.copy(), todo="the Switch gradient")
+        came, problem = _call(answer, prob_NE, expert_NK, todo="the Switch gradient")
         if problem:
             return problem
         f_E = np.bincount(expert_NK.reshape(-1), minlength=E) / (N * K)
@@ -84,7 +88,8 @@ def check_switch_gradient(answer: Callable[[np.ndarray, np.ndarray], np.ndarray]
                 "own row, and all rows are alike."
             )
         if came.shape != (N, E):
-            return f"dprob must have the shape of prob, ({N}, {E}), got {came.shape}."
+            hint = " An expert that nobody chose has a column, too." if idle else ""
+            return f"dprob must have the shape of prob, ({N}, {E}), got {came.shape}.{hint}"
         if not np.allclose(came, right_NE, rtol=1e-5, atol=1e-8):
             return f"with N = {N}, E = {E}, K = {K}: " + _why_switch(came, prob_NE, expert_NK, f_E)
     return SOLVED.format("the more an expert got, the harder its probability is pushed down.")
@@ -129,7 +134,7 @@ def _why_switch(
         if np.allclose(came_NE, wrong_NE, rtol=1e-5, atol=1e-8):
             return reason
     n, e = np.unravel_index(np.abs(came_NE - right_NE).argmax(), (N, E))
-    return f"dprob[{n}, {e}] must be {right_NE[n, e]:.4f}, got {came_NE[n, e]:.4f}."
+    return f"dprob[{n}, {e}] must be {right_NE[n, e]:.7g}, got {came_NE[n, e]:.7g}."
 
 
 def check_alarm(
@@ -145,7 +150,7 @@ def check_alarm(
     """
     rings = []
     for share_SE in early:
-        came, problem = _call(alarm, share_SE.copy(), todo="the alarm")
+        came, problem = _call(alarm, share_SE, todo="the alarm")
         if problem:
             return problem
         if not isinstance(came, bool | np.bool_):
@@ -192,11 +197,12 @@ def check_alarm(
     return SOLVED.format(f"{score}, {missed} missed, {wrongly} false alarms.")
 
 
-def _call(answer: Callable, *arguments: Any, todo: str) -> tuple[Any, str]:
-    """Call the learner's function; a problem is a sentence instead of a traceback."""
+def _call(answer: Callable, *arguments: np.ndarray, todo: str) -> tuple[Any, str]:
+    """Call the learner's function with copies; a problem is a sentence, not a traceback."""
+    given = [argument.copy() for argument in arguments]
     try:
         with np.errstate(all="ignore"):
-            came = answer(*arguments)
+            came = answer(*given)
     except NotImplementedError:
         return None, NOT_YET.format(todo)
     except ValueError as error:
@@ -207,13 +213,17 @@ def _call(answer: Callable, *arguments: Any, todo: str) -> tuple[Any, str]:
         return None, f"it stopped with {type(error).__name__}: {error}."
     if came is None:
         return None, "it returned None: end the function with return."
+    if any(not np.array_equal(a, b) for a, b in zip(arguments, given, strict=True)):
+        return None, CHANGED
     return came, ""
 
 
 def _number(came: Any, where: str) -> tuple[float, str]:
-    if np.ndim(came) != 0:
-        return 0.0, f"{where} it must be one number, got an array of shape {np.shape(came)}."
     try:
+        if np.ndim(came) != 0:
+            return 0.0, f"{where} it must be one number, got an array of shape {np.shape(came)}."
+        if np.iscomplexobj(came):
+            raise TypeError
         return float(came), ""
     except (TypeError, ValueError):
         return 0.0, f"{where} it must be one number, got {type(came).__name__}."
@@ -221,6 +231,8 @@ def _number(came: Any, where: str) -> tuple[float, str]:
 
 def _table(came: Any) -> tuple[np.ndarray, str]:
     try:
+        if np.iscomplexobj(came):
+            raise TypeError
         return np.asarray(came, dtype=float), ""
     except (TypeError, ValueError):
         return np.zeros(0), f"it must return one array of numbers, got {type(came).__name__}."
@@ -228,6 +240,10 @@ def _table(came: Any) -> tuple[np.ndarray, str]:
 
 def _exp(x: float) -> float:
     return math.exp(min(x, 700.0))
+
+
+def _near(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=0.01)
 
 
 def _close(a: float, b: float) -> bool:
