@@ -121,7 +121,8 @@ class MoEConfig:
         self._check_gates()
         rule = "router_std = 0 needs LearnedNoise or GaussianNoise"
         advice = "All logits tie without it, and every token goes to the first experts."
-        fine = self.router_std > 0 or isinstance(self.noise, LearnedNoise | GaussianNoise)
+        drawn = isinstance(self.noise, LearnedNoise | GaussianNoise)
+        fine = self.router_std > 0 or drawn or isinstance(self.selection, SoftSlots)
         rules.require(fine, WHO, rule, self.noise, advice)
 
     def _check_balance(self) -> None:
