@@ -532,6 +532,13 @@ def test_z_loss_gradient_rows_sum_to_twice_the_log_sum_exp_over_the_tokens():
     close(balance.z_loss_forward(np.zeros((N, E)))[0], np.log(E) ** 2)
 
 
+def test_the_z_loss_hands_on_a_whole_softmax_beside_a_large_common_offset():
+    logit_NE = np.array([[1e5, 1e5 + 1, 1e5 + 2]], "float32")
+    _, (lse_N, _) = balance.z_loss_forward(logit_NE)
+    dlogit_NE = balance.z_loss_backward(1.0, (lse_N, logit_NE))
+    assert dlogit_NE.sum() / (2 * lse_N[0]) == pytest.approx(1.0, rel=1e-6)
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_smooth_load_sums_to_about_the_number_of_choices(k):
     cfg = config(top_k=k, noise=LearnedNoise())
