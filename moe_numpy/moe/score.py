@@ -70,6 +70,9 @@ def share_forward(score: Array) -> tuple[Array, Cache]:
 
         share_i = score_i / sum_j score_j    over the last axis, a sum of at least 1e-30
 
+    Where all scores are smaller than that, their shares sum to less than one and end at zero:
+    where all logits are below -69 for the sigmoid, and below -138 for sqrt(softplus).
+
     Shapes     score (..., E), not negative -> share (..., E)
     Cache      (share, total)
     Source     DeepSeek-AI 2024, DeepSeek-V3, eq. 13 and 19
