@@ -160,7 +160,8 @@ def top_k(score_NE: Array, k: int) -> Array:
 
     A discrete decision: it has no gradient. Repeated argmax beats sorting for the small k in use.
 
-    Shapes     score_NE (N, E) -> expert_NK (N, k) integers
+    Shapes     score_NE (N, E) -> expert_NK (N, k) integers, all different in a row if at least k
+               of its scores are above minus infinity
     """
     expert_NK = xp.empty((score_NE.shape[0], k), xp.intp)
     rows.in_blocks(_top_k, score_NE, expert_NK)
