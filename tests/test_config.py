@@ -129,6 +129,7 @@ BAD = [
     (c.AdamW, {"beta1": 1.0}, "0 <= beta1 < 1"),
     (c.AdamW, {"beta2": -0.1}, "0 <= beta2 < 1"),
     (c.AdamW, {"eps": 0.0}, "eps must be positive"),
+    (c.AdamW, {"eps": 1e-60}, "eps must be at least 2**-126"),
     (c.AdamW, {"eps": math.inf}, "eps must be positive and finite"),
     (c.AdamW, {"beta1": "0.9"}, "0 <= beta1 < 1"),
     (c.AdamW, {"weight_decay": -1.0}, "weight_decay must not be negative"),
@@ -282,6 +283,7 @@ def test_the_learning_rate_rises_then_falls_along_a_cosine():
 def test_limits_that_are_just_reached_are_fine():
     assert moe(balance=(c.SwitchLoss(counted=4),)).balance[0].counted == 4
     assert c.Capacity(factor=1.0, minimum=5, multiple=4).places(8, 1, 8) == 8
+    assert c.Capacity(factor=1e308, multiple=4).places(9, 2, 8) == 20
 
 
 NUMBERS = [

@@ -306,6 +306,14 @@ def test_the_mixture_of_classifiers_agrees_with_its_judge():
         jacobs.mixture_classification_forward(prob_NE, logits_NEV, class_N + V)
 
 
+@pytest.mark.parametrize("far", [30.0, 1e3, 1e4])
+def test_the_posterior_sums_to_one_however_far_off_the_experts_are(far):
+    prob_NE = np.full((1, 2), 0.5, "float32")
+    log_NE = np.full((1, 2), -far * far / 2, "float32")
+    _, dlog_NE = jacobs.log_mixture_backward(1.0, jacobs.log_mixture_forward(prob_NE, log_NE)[1])
+    assert dlog_NE.tolist() == [[-0.5, -0.5]]
+
+
 @pytest.mark.parametrize("name", ["mixture_error", "competitive_error"])
 def test_through_the_softmax_the_gate_hears_what_the_paper_says(name):
     """dlogit is p - h for the mixture, and p (e - mean error) for the competition."""

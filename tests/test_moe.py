@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import oracles
@@ -14,6 +15,7 @@ from moe_numpy.config import (
     PRIORITIES,
     Capacity,
     GaussianNoise,
+    Hierarchy,
     ImportanceLoss,
     InputJitter,
     LearnedNoise,
@@ -530,6 +532,13 @@ def test_z_loss_gradient_rows_sum_to_twice_the_log_sum_exp_over_the_tokens():
     close(balance.z_loss_forward(np.zeros((N, E)))[0], np.log(E) ** 2)
 
 
+def test_the_z_loss_hands_on_a_whole_softmax_beside_a_large_common_offset():
+    logit_NE = np.array([[1e5, 1e5 + 1, 1e5 + 2]], "float32")
+    _, (lse_N, _) = balance.z_loss_forward(logit_NE)
+    dlogit_NE = balance.z_loss_backward(1.0, (lse_N, logit_NE))
+    assert dlogit_NE.sum() / (2 * lse_N[0]) == pytest.approx(1.0, rel=1e-6)
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_smooth_load_sums_to_about_the_number_of_choices(k):
     cfg = config(top_k=k, noise=LearnedNoise())
@@ -640,6 +649,31 @@ def test_a_part_that_is_missing_is_refused_by_name(name):
     else:
         with pytest.raises(ValueError, match=rf"{name} must be None, as the configuration"):
             layer.moe_forward(x_NC, with_it[1], without[0])
+
+
+FULL = {
+    "plain": {"noise": LearnedNoise(), "bias_rate": 0.1, "router_bias": True},
+    "gated": {"activation": "swiglu3", "shared": Shared(hidden=5, gated=True)},
+    "biased": {"activation": "swiglu", "expert_bias": True},
+    "hierarchy": {"num_experts": 4, "selection": Hierarchy(groups=2), "noise": LearnedNoise()},
+    "soft": {"top_k": 3, "selection": SoftSlots(slots=2)},
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_every_array_of_another_shape_or_type_is_refused_by_name(kind):
+    cfg, params = layer_of(**FULL[kind])
+    x_NC, leaves = np.ones((5, 4)), tree.leaves(params)
+    layer.moe_forward(x_NC, params, cfg)
+    for i, (name, leaf) in enumerate(tree.named_leaves(params)):
+        if name == "experts.in_ECF":
+            continue  # the measure of all others
+        wide = np.zeros((*leaf.shape[:-1], leaf.shape[-1] + 1) if leaf.ndim else (1,))
+        for other in (wide, leaf.astype("float32")):
+            broken = tree.from_leaves(params, [*leaves[:i], other, *leaves[i + 1 :]])
+            got = rf"{name} must have the shape .* got {re.escape(str(other.shape))} and"
+            with pytest.raises(ValueError, match=rf"{got} {other.dtype}\. Draw"):
+                layer.moe_forward(x_NC, broken, cfg)
 
 
 def test_a_router_of_another_kind_is_refused():

@@ -97,6 +97,32 @@ def test_activations_survive_extremes_with_their_limits(kind, dtype):
     close(y[x == 0.0], at_zero, 1e-7 if dtype == "float32" else 1e-15)
 
 
+@pytest.mark.parametrize(("dtype", "least"), [("float32", -87.0), ("float64", -708.0)])
+def test_a_sigmoid_is_right_down_to_the_smallest_number_of_its_type(dtype, least):
+    x = np.array([2 * least, least, 0.9 * least, -30.0], dtype)
+    with np.errstate(all="raise"):
+        y, cache = activation.sigmoid_forward(x)
+        slope = activation.sigmoid_backward(np.ones_like(x), cache)
+    np.testing.assert_allclose(y[1:], np.exp(x[1:].astype("float64")), rtol=1e-5)
+    np.testing.assert_allclose(slope[1:], y[1:], rtol=1e-5)
+    assert 0 < y[0] == y[1]
+
+
+@pytest.mark.parametrize("kind", ["relu", "sigmoid", "softplus", "silu", "gelu", "gelu_tanh"])
+def test_activations_take_arrays_of_no_axes(kind):
+    row, one = np.array([0.7]), np.array(0.7)
+    forward, backward = (getattr(activation, f"{kind}_{way}") for way in ("forward", "backward"))
+    (y, cache), (expected, row_cache) = forward(one), forward(row)
+    assert y.shape == () and y == expected[0]
+    assert backward(one, cache) == backward(row, row_cache)[0]
+
+
+def test_relu_of_minus_infinity_is_zero():
+    y, cache = activation.relu_forward(np.array([-np.inf, np.inf]))
+    assert y.tolist() == [0.0, np.inf]
+    assert activation.relu_backward(np.ones(2), cache).tolist() == [0.0, 1.0]
+
+
 def test_relu_has_the_subgradient_zero_at_zero():
     y, cache = activation.relu_forward(np.array([-1.0, 0.0, 2.0]))
     assert y.tolist() == [0.0, 0.0, 2.0]

@@ -9,6 +9,7 @@ import strict_cupy
 
 from moe_numpy.backend import to_device, to_host
 from moe_numpy.moe import assignment, router, selection
+from moe_numpy.ops import softmax
 
 
 # ------------------------------------------------------------------------------------------ judges
@@ -50,7 +51,7 @@ def scaled(logits, tolerance, most):
         column = new
         if change < tolerance:
             break
-    return [[row[n] * mass[n][e] * column[e] for e in range(E)] for n in range(N)]
+    return [[math.exp(z) * c for z, c in zip(row, column, strict=True)] for row in logits]
 
 
 def total(score, experts):
@@ -160,13 +161,14 @@ def test_sinkhorn_is_the_loop_over_rows_and_columns(kind, most):
         logit_NE = 0.5 * drawn(rng, N, E, kind)
         found = selection.sinkhorn(logit_NE, 1e-4, most)
         expected = np.array(scaled(logit_NE.tolist(), 1e-4, most))
-        np.testing.assert_allclose(found, expected, rtol=1e-11)
+        np.testing.assert_allclose(np.exp(found), expected, rtol=1e-11)
 
 
 def test_sinkhorn_balances_the_experts_where_plain_top_1_does_not():
     N, E = 512, 8
     logit_NE = drawn(np.random.default_rng(5), N, E, "generic") + np.linspace(0, 3, E)
-    balanced_NE = selection.sinkhorn(logit_NE, 1e-6, 200)
+    balanced_NE, _ = softmax.softmax_forward(selection.sinkhorn(logit_NE, 1e-9, 200))
+    balanced_NE /= N
     np.testing.assert_allclose(balanced_NE.sum(0), 1 / E, rtol=1e-6)
     np.testing.assert_allclose(balanced_NE.sum(1), 1 / N, rtol=1e-4)
     plain, better = (np.bincount(x.argmax(1), minlength=E) for x in (logit_NE, balanced_NE))
@@ -177,15 +179,21 @@ def test_sinkhorn_balances_the_experts_where_plain_top_1_does_not():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sinkhorn_survives_huge_logits_columns_of_zeros_and_no_tokens(dtype):
     logit_NE = drawn(np.random.default_rng(6), 6, 4, "generic").astype(dtype)
+    offset_N1 = np.arange(0, 6000, 1024, dtype)[:, None]
     usual_NE = selection.sinkhorn(logit_NE, 1e-4, 50)
     assert usual_NE.dtype == dtype
-    shifted_NE = selection.sinkhorn(logit_NE + np.arange(0, 6000, 1024, dtype)[:, None], 1e-4, 50)
-    np.testing.assert_allclose(shifted_NE, usual_NE, rtol=1e-2)
+    shifted_NE = selection.sinkhorn(logit_NE + offset_N1, 1e-4, 50) - offset_N1
+    np.testing.assert_allclose(np.exp(shifted_NE), np.exp(usual_NE), rtol=1e-2)
     logit_NE[:, 1] = -3000
     found_NE = selection.sinkhorn(logit_NE, 1e-4, 50)
-    assert np.isfinite(found_NE).all() and not found_NE[:, 1].any()
+    assert np.isfinite(found_NE).all() and not np.exp(found_NE[:, 1]).any()
     none_NE = selection.sinkhorn(logit_NE[:0], 1e-4, 50)
     assert (none_NE.shape, none_NE.dtype) == ((0, 4), dtype)
+
+
+def test_sinkhorn_keeps_the_order_of_experts_whose_share_underflows():
+    logit_NE = np.array([[120, 0, 0, 10], [0, 1, 2, 3]], "float32")
+    assert router.top_k(selection.sinkhorn(logit_NE, 1e-4, 100), 2)[0].tolist() == [0, 3]
 
 
 def test_sinkhorn_stops_when_the_columns_stand_still_and_looks_once_a_round():

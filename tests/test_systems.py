@@ -370,7 +370,7 @@ def test_the_judges_sinkhorn_scaling_ends_with_equal_columns():
 
 # -------------------------------------------------------------------------------- small scores
 LOW = [("sqrt_softplus", z) for z in (-46.0, -79.0, -85.0, -91.0, -120.0, -137.0, -200.0)]
-LOW += [("sigmoid", z) for z in (-46.0, -48.0, -69.0, -75.0)]  # below -80 it is zero
+LOW += [("sigmoid", z) for z in (-46.0, -48.0, -69.0, -75.0, -79.0, -85.0, -110.0)]
 
 
 @pytest.mark.parametrize(("kind", "z"), LOW)

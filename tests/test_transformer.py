@@ -590,6 +590,8 @@ def test_top_p_keeps_no_token_more_than_it_takes_to_reach_p_exactly():
     sample = generation.sampling_probabilities
     close(sample(np.zeros(4), top_p=0.5), [0.5, 0.5, 0, 0])
     close(sample(np.zeros(4), top_p=0.25), [1, 0, 0, 0])
+    for V in (3, 10, 100):
+        assert [(sample(np.zeros(V), top_p=n / V) > 0).sum() for n in range(1, V)] == [*range(1, V)]
 
 
 def test_top_p_is_not_misled_by_rounding():

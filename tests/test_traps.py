@@ -9,6 +9,7 @@ from test_systems import C, E, F, close, draw, plans, rows_of  # noqa: F401
 
 from moe_numpy import tree
 from moe_numpy.config import (
+    SCORES,
     Capacity,
     GroupLimited,
     InputJitter,
@@ -17,6 +18,7 @@ from moe_numpy.config import (
     SwitchLoss,
 )
 from moe_numpy.moe import balance, capacity, dispatch, layer, router, routing
+from moe_numpy.moe import score as scoring
 from moe_numpy.ops import softmax
 
 
@@ -125,6 +127,23 @@ def test_renormalize_then_drop_still_teaches_the_logit_of_the_dropped_expert():
 def test_drop_then_renormalize_gives_a_lone_survivor_the_gate_1_and_no_logit_a_gradient():
     doffset_E, *_ = token_with_a_dropped_second_choice("renormalized_kept")
     assert np.abs(doffset_E).max() < 1e-14
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("score_kind", SCORES)
+def test_a_lone_survivor_has_the_gate_1_however_much_better_the_dropped_choice_is(
+    score_kind, dtype
+):
+    cfg = config(score=score_kind, gate_weights="renormalized_kept", capacity=Capacity())
+    logit_NE = np.array([[200, 60, 0], [60, 200, 0], [0, -60, -60]], dtype)
+    expert_NK, kept_NK = np.array([[0, 1]] * 3), np.array([[False, True], [False] * 2, [True] * 2])
+    read_NE = logit_NE
+    if not scoring.gates_from_logits(cfg):
+        read_NE, _ = scoring.score_forward(score_kind, logit_NE)
+    gate_NK, cache = scoring.gates_forward(read_NE, expert_NK, kept_NK, cfg)
+    assert gate_NK.dtype == dtype and gate_NK[:2].tolist() == [[0, 1], [0, 0]]
+    assert gate_NK[2].sum() == pytest.approx(1.0)
+    assert not scoring.gates_backward(np.ones((3, 2), dtype), cache)[:2].any()
 
 
 def test_a_raw_gate_teaches_the_logit_of_the_dropped_expert_too():

@@ -89,6 +89,13 @@ def _gate(rng: Generator) -> list[Case]:
     return [Case("", (rng.normal(size=(N, E)), chosen(rng)))]
 
 
+def _renormalized_gate(rng: Generator) -> list[Case]:
+    (args,) = (case.args for case in _gate(rng))
+    kept_NK = rng.random((N, K)) < 0.7
+    kept_NK[0], kept_NK[1] = False, (True, False)  # nothing left, and a lone survivor
+    return [Case("all", args), Case("those that have a place", (*args, kept_NK))]
+
+
 def _dispatch(rng: Generator) -> list[Case]:
     return [Case("drops", (rng.normal(size=(N, C)), plan_with_drops(rng)))]
 
@@ -167,7 +174,7 @@ CASES: dict[str, Callable[[Generator], list[Case]]] = {
     "cross_entropy": _cross_entropy,
     "router": _router,
     "raw_gate": _gate,
-    "renormalized_gate": _gate,
+    "renormalized_gate": _renormalized_gate,
     "dispatch": _dispatch,
     "combine": _combine,
     "grouped_linear": _grouped_linear,

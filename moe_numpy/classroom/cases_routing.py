@@ -62,20 +62,19 @@ def _share(rng: Generator) -> list[Case]:
 
 
 def _share_gate(rng: Generator) -> list[Case]:
-    return [Case("", (rng.random((N, E)) + 0.1, chosen(rng)))]
-
-
-def _kept_gate(rng: Generator) -> list[Case]:
+    args = (rng.random((N, E)) + 0.1, chosen(rng))
     kept_NK = rng.random((N, K)) < 0.7
     kept_NK[0], kept_NK[1] = False, (True, False)  # nothing left, and a lone survivor
-    return [Case("", (rng.random((N, K)) + 0.1, kept_NK))]
+    return [Case("all", args), Case("those that have a place", (*args, kept_NK))]
 
 
 def _gates(rng: Generator) -> list[Case]:
     def case(score: str, weights: str) -> Case:
         limit = TIGHT if weights == "renormalized_kept" else None
         cfg = moe_config(score=score, gate_weights=weights, gate_scale=1.7, capacity=limit)
-        args = (rng.random((N, E)) + 0.1, chosen(rng), rng.random((N, K)) < 0.8, cfg)
+        kept_NK = rng.random((N, K)) < 0.8
+        kept_NK[0], kept_NK[1] = False, (True, False)  # nothing left, and a lone survivor
+        args = (rng.random((N, E)) + 0.1, chosen(rng), kept_NK, cfg)
         return Case(f"{score}, {weights}", args)
 
     return [case(score, weights) for score in SCORES for weights in WEIGHTS]
@@ -240,7 +239,6 @@ CASES: dict[str, Callable[[Generator], list[Case]]] = {
     "score": _score,
     "share": _share,
     "share_gate": _share_gate,
-    "kept_gate": _kept_gate,
     "gates": _gates,
     "switch_loss": _switch_loss,
     "balance": _balance,

@@ -156,7 +156,9 @@ class ExpertChoice:
 
     A token gets top_k experts on average, and any number from none to all. An expert compares
     all tokens, later ones too: not for predicting the next token. Best are those that give it the
-    largest share of their scores: its probability, if the score is a softmax.
+    largest share of their scores: its probability, if the score is a softmax. Where shares are
+    rounded to the same number, as to 1 in float32 by a lead of more than 17 nats, and to 0 by one
+    of more than 103, earlier tokens are taken first.
 
     Source: Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing, section 3.
     """
@@ -205,6 +207,8 @@ class Capacity:
                "bpr": the same, and of the tokens that with the largest probability first (V-MoE's
                batch prioritized routing);
                "score": the choice with the largest probability first (Megatron's "probs").
+               Rounded probabilities may be equal, and then earlier tokens come first: in float32
+               every lead of more than 17 nats makes a 1.
     times_k    whether top_k counts in the formula: it does in GShard's paper, V-MoE, MegaBlocks
                and Megatron, and does not in Mesh TensorFlow, Flaxformer and Lingvo.
     group      tokens per routing group: each group of consecutive tokens has places of its own,
@@ -236,6 +240,8 @@ class Capacity:
     def places(self, tokens: int, top_k: int, num_experts: int) -> int:
         """Count the places of one expert for a group of `tokens` (unit: choices)."""
         exact = self.factor * (top_k if self.times_k else 1) * tokens / num_experts
+        if exact == math.inf:  # of a huge factor: as many places as there are choices
+            exact = top_k * tokens
         wanted = float(f"{exact:.12g}")  # 1.1 * 10 is 11, not a little more
         rounded = {"ceil": math.ceil, "floor": math.floor, "round": round}[self.rounding](wanted)
         return -(-max(rounded, self.minimum) // self.multiple) * self.multiple

@@ -32,6 +32,8 @@ class AdamW:
         for name in ("beta1", "beta2"):
             rules.share("AdamW", name, getattr(self, name))
         rules.positive("AdamW", "eps", self.eps, "Use 1e-8.")
+        rule = "eps must be at least 2**-126: float32 may take less for zero"
+        rules.require(self.eps >= 2.0**-126, "AdamW", rule, self.eps, "Use 1e-8.")
         rules.not_negative("AdamW", "weight_decay", self.weight_decay)
         rules.instance("AdamW", "skip_idle", self.skip_idle, (bool,))
 

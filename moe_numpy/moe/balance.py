@@ -181,7 +181,7 @@ def z_loss_backward(dloss: Array, cache: Cache) -> Array:
     Shapes     dloss () -> dlogit_NE (N, E)
     """
     lse_N, logit_NE = cache
-    prob_NE = xp.exp(logit_NE - lse_N[:, None])
+    prob_NE, _ = softmax.softmax_forward(logit_NE)
     return (dloss * 2.0 / max(lse_N.size, 1)) * lse_N[:, None] * prob_NE
 
 

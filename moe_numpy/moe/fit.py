@@ -30,12 +30,18 @@ def check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -
             f"moe_forward: the router must be of the type {kind.__name__}, as the configuration "
             f"says, got {type(params.router).__name__}. Draw the parameters with `init_moe`."
         )
-    for name, part, wanted in _optional(params, cfg):
+    for name, part, wanted, shape in _expected(params, cfg, C):
         if (part is not None) != wanted:
             raise ValueError(
                 f"moe_forward: {name} must {'be there' if wanted else 'be None'}, as the "
                 f"configuration says, got {type(part).__name__}. Draw the parameters with "
                 "`init_moe`."
+            )
+        if shape is not None and wanted and (part.shape != shape or part.dtype != in_ECF.dtype):
+            raise ValueError(
+                f"moe_forward: {name} must have the shape {shape} and the type {in_ECF.dtype}, as "
+                f"configuration and experts.in_ECF say, got {part.shape} and {part.dtype}. Draw "
+                "the parameters with `init_moe`."
             )
     if x_NC.ndim != 2 or x_NC.shape[1] != C or x_NC.dtype != in_ECF.dtype:
         raise ValueError(
@@ -52,24 +58,53 @@ def _kind_of_router(cfg: MoEConfig) -> type:
     return soft.SoftParams if isinstance(cfg.selection, SoftSlots) else router.RouterParams
 
 
-def _optional(params: MoEParams, cfg: MoEConfig) -> list[tuple[str, Any, bool]]:
-    """List the parameters that not every layer has: name, what is there, whether it is wanted.
-
-    Of the router only a part that is missing is wrong: a bias that no rule moves anymore counts.
-    """
-    own, shared = params.experts, params.shared
+def _expected(
+    params: MoEParams, cfg: MoEConfig, C: int
+) -> list[tuple[str, Any, bool, tuple[int, ...] | None]]:
+    """List every array but the experts' first: name, what is there, whether it is wanted, shape."""
+    own, E, F = params.experts, cfg.num_experts, cfg.hidden
     found = [
-        ("experts.up_ECF", own.up_ECF, cfg.gated),
-        ("experts.third_ECF", own.third_ECF, cfg.activation == "swiglu3"),
-        ("experts.in_EF", own.in_EF, cfg.expert_bias),
-        ("shared", shared, cfg.shared is not None),
+        ("experts.up_ECF", own.up_ECF, cfg.gated, (E, C, F)),
+        ("experts.out_EFC", own.out_EFC, True, (E, F, C)),
+        ("experts.third_ECF", own.third_ECF, cfg.activation == "swiglu3", (E, C, F)),
+        ("experts.in_EF", own.in_EF, cfg.expert_bias, (E, F)),
+        ("experts.up_EF", own.up_EF, cfg.expert_bias and cfg.gated, (E, F)),
+        ("experts.out_EC", own.out_EC, cfg.expert_bias, (E, C)),
+        ("shared", params.shared, cfg.shared is not None, None),
     ]
-    if shared is not None and cfg.shared is not None:
-        found.append(("shared.gate_C1", shared.gate_C1, cfg.shared.gated))
-    if isinstance(params.router, router.RouterParams):
-        wanted = {"bias_E": cfg.bias_rate > 0, "offset_E": cfg.router_bias}
-        wanted["noise_CE"] = isinstance(cfg.noise, LearnedNoise)
-        for name in wanted:
-            part = getattr(params.router, name)
-            found.append((f"router.{name}", part, wanted[name] or part is not None))
+    if params.shared is not None and cfg.shared is not None:
+        mlp, hidden = params.shared.mlp, cfg.shared.hidden
+        found += [
+            ("shared.mlp.in_CF", mlp.in_CF, True, (C, hidden)),
+            ("shared.mlp.up_CF", mlp.up_CF, cfg.gated, (C, hidden)),
+            ("shared.mlp.out_FC", mlp.out_FC, True, (hidden, C)),
+            ("shared.mlp.third_CF", mlp.third_CF, cfg.activation == "swiglu3", (C, hidden)),
+            ("shared.gate_C1", params.shared.gate_C1, cfg.shared.gated, (C, 1)),
+        ]
+    if isinstance(cfg.selection, SoftSlots):
+        slots = E * cfg.selection.slots
+        found.append(("router.slots_CR", params.router.slots_CR, True, (C, slots)))
+        found.append(("router.scale", params.router.scale, True, ()))
+    elif isinstance(cfg.selection, Hierarchy):
+        groups = cfg.selection.groups
+        found += _of_router("router.primary", params.router.primary, cfg, C, groups)
+        found += _of_router("router.secondary", params.router.secondary, cfg, C, E)
+    else:
+        found += _of_router("router", params.router, cfg, C, E)
     return found
+
+
+def _of_router(
+    name: str, own: router.RouterParams, cfg: MoEConfig, C: int, E: int
+) -> list[tuple[str, Any, bool, tuple[int, ...]]]:
+    """List the arrays of a router of E outputs as `_expected` does.
+
+    Only a part that is missing is wrong: a bias that no rule moves anymore counts.
+    """
+    noisy = isinstance(cfg.noise, LearnedNoise)
+    return [
+        (f"{name}.w_CE", own.w_CE, True, (C, E)),
+        (f"{name}.noise_CE", own.noise_CE, noisy or own.noise_CE is not None, (C, E)),
+        (f"{name}.bias_E", own.bias_E, cfg.bias_rate > 0 or own.bias_E is not None, (E,)),
+        (f"{name}.offset_E", own.offset_E, cfg.router_bias or own.offset_E is not None, (E,)),
+    ]

@@ -204,8 +204,10 @@ def log_mixture_forward(prob_NE: Array, log_NE: Array) -> tuple[Array, Cache]:
     log_prob_NE = xp.log(xp.where(prob_NE > 0, prob_NE, 1.0))
     joint_NE = xp.where(prob_NE > 0, log_prob_NE + log_NE, -xp.inf)  # 1. log of each product
     top_N1 = joint_NE.max(1, keepdims=True)
-    lse_N1 = top_N1 + xp.log(xp.exp(joint_NE - top_N1).sum(1, keepdims=True))  # 2. of their sum
-    h_NE = xp.exp(joint_NE - lse_N1)
+    h_NE = xp.exp(joint_NE - top_N1)
+    total_N1 = h_NE.sum(1, keepdims=True)
+    lse_N1 = top_N1 + xp.log(total_N1)  # 2. of their sum
+    h_NE /= total_N1  # beside a large top, exp(joint - lse) would not sum to one
     return -lse_N1.sum() / max(prob_NE.shape[0], 1), (prob_NE, h_NE)  # 3. averaged
 
 

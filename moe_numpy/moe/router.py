@@ -160,7 +160,8 @@ def top_k(score_NE: Array, k: int) -> Array:
 
     A discrete decision: it has no gradient. Repeated argmax beats sorting for the small k in use.
 
-    Shapes     score_NE (N, E) -> expert_NK (N, k) integers
+    Shapes     score_NE (N, E) -> expert_NK (N, k) integers, all different in a row if at least k
+               of its scores are above minus infinity
     """
     expert_NK = xp.empty((score_NE.shape[0], k), xp.intp)
     rows.in_blocks(_top_k, score_NE, expert_NK)
@@ -200,7 +201,9 @@ def raw_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
     return dprob_NE
 
 
-def renormalized_gate_forward(logit_NE: Array, expert_NK: Array) -> tuple[Array, Cache]:
+def renormalized_gate_forward(
+    logit_NE: Array, expert_NK: Array, kept_NK: Array | None = None
+) -> tuple[Array, Cache]:
     """Weigh the chosen experts by a softmax among themselves.
 
         gate[n, :] = softmax(logit[n, expert[n, :]])
@@ -208,20 +211,29 @@ def renormalized_gate_forward(logit_NE: Array, expert_NK: Array) -> tuple[Array,
     This is the softmax over all experts after every logit but the chosen ones was set to minus
     infinity, and also the raw gates divided by their sum: one function, three descriptions.
 
-    Shapes     logit_NE (N, E); expert_NK (N, K) integers, all different in a row -> gate_NK (N, K)
+    With `kept_NK` the logits of dropped choices are minus infinity, too: their gates are zero, and
+    all of a row are where nothing was kept.
+
+    Shapes     logit_NE (N, E); expert_NK (N, K) integers, all different in a row; kept_NK (N, K)
+               booleans, None for all -> gate_NK (N, K)
     Cache      (gate_NK, gather cache)
     Source     Shazeer et al. 2017, eq. 3 and 5
     """
     chosen_NK, gather_cache = raw_gate_forward(logit_NE, expert_NK)  # 1. only the chosen logits
+    if kept_NK is not None:
+        lost_N1 = ~kept_NK.any(1, keepdims=True)
+        chosen_NK = xp.where(kept_NK | lost_N1, chosen_NK, -xp.inf)
     gate_NK, _ = softmax.softmax_forward(chosen_NK)  # 2. softmax among them
+    if kept_NK is not None:
+        gate_NK *= kept_NK  # where all were lost
     return gate_NK, (gate_NK, gather_cache)
 
 
 def renormalized_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
     """Undo `renormalized_gate_forward`: dlogit[chosen] = gate (dgate - <gate, dgate>).
 
-    A logit that was not chosen gets exactly nothing, and with one choice (gate = 1) neither does
-    the chosen one: a renormalized top-1 router does not learn from the task.
+    A logit that was not chosen, or not kept, gets exactly nothing, and with one choice (gate = 1)
+    neither does the chosen one: a renormalized top-1 router does not learn from the task.
 
     Shapes     dgate_NK (N, K) -> dlogit_NE (N, E)
     """

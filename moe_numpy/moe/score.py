@@ -70,6 +70,9 @@ def share_forward(score: Array) -> tuple[Array, Cache]:
 
         share_i = score_i / sum_j score_j    over the last axis, a sum of at least 1e-30
 
+    Where all scores are smaller than that, their shares sum to less than one and end at zero:
+    where all logits are below -69 for the sigmoid, and below -138 for sqrt(softplus).
+
     Shapes     score (..., E), not negative -> share (..., E)
     Cache      (share, total)
     Source     DeepSeek-AI 2024, DeepSeek-V3, eq. 13 and 19
@@ -91,20 +94,26 @@ def share_backward(dshare: Array, cache: Cache) -> Array:
     return (dshare - inner) / total
 
 
-def share_gate_forward(score_NE: Array, expert_NK: Array) -> tuple[Array, Cache]:
+def share_gate_forward(
+    score_NE: Array, expert_NK: Array, kept_NK: Array | None = None
+) -> tuple[Array, Cache]:
     """Weigh the chosen experts by their share of the chosen scores.
 
         gate[n, :] = score[n, expert[n, :]] / sum_k score[n, expert[n, k]]
 
-    For the softmax this is `router.renormalized_gate_forward`; here the scores may be any.
+    With `kept_NK` the scores of dropped choices count as zero. For the softmax this is
+    `router.renormalized_gate_forward`; here the scores may be any.
 
-    Shapes     score_NE (N, E); expert_NK (N, K) integers, all different in a row -> gate_NK (N, K)
-    Cache      (gather cache, share cache)
+    Shapes     score_NE (N, E); expert_NK (N, K) integers, all different in a row; kept_NK (N, K)
+               booleans, None for all -> gate_NK (N, K); zero if nothing was kept
+    Cache      (gather cache, kept_NK, share cache)
     Source     DeepSeek-AI 2024, DeepSeek-V3, eq. 13
     """
     chosen_NK, gather_cache = router.raw_gate_forward(score_NE, expert_NK)  # 1. chosen scores
-    gate_NK, share_cache = share_forward(chosen_NK)  # 2. their shares
-    return gate_NK, (gather_cache, share_cache)
+    if kept_NK is not None:
+        chosen_NK = chosen_NK * kept_NK  # 2. without those of dropped choices
+    gate_NK, share_cache = share_forward(chosen_NK)  # 3. their shares
+    return gate_NK, (gather_cache, kept_NK, share_cache)
 
 
 def share_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
@@ -112,31 +121,11 @@ def share_gate_backward(dgate_NK: Array, cache: Cache) -> Array:
 
     Shapes     dgate_NK (N, K) -> dscore_NE (N, E)
     """
-    gather_cache, share_cache = cache
-    dchosen_NK = share_backward(dgate_NK, share_cache)  # 2.
+    gather_cache, kept_NK, share_cache = cache
+    dchosen_NK = share_backward(dgate_NK, share_cache)  # 3.
+    if kept_NK is not None:
+        dchosen_NK = dchosen_NK * kept_NK  # 2.
     return router.raw_gate_backward(dchosen_NK, gather_cache)  # 1.
-
-
-def kept_gate_forward(gate_NK: Array, kept_NK: Array) -> tuple[Array, Cache]:
-    """Take the gates of dropped choices away and divide the others by their sum.
-
-        y[n, k] = kept[n, k] gate[n, k] / sum_j kept[n, j] gate[n, j]
-
-    Shapes     gate_NK (N, K); kept_NK (N, K) booleans -> y_NK (N, K); zero if nothing was kept
-    Cache      (kept_NK, share cache)
-    Source     DeepSpeed's top-k gating; GShard divides before it drops
-    """
-    y_NK, share_cache = share_forward(gate_NK * kept_NK)
-    return y_NK, (kept_NK, share_cache)
-
-
-def kept_gate_backward(dy_NK: Array, cache: Cache) -> Array:
-    """Undo `kept_gate_forward`; the gate of a lone survivor is the constant 1, gradient zero.
-
-    Shapes     dy_NK (N, K) -> dgate_NK (N, K)
-    """
-    kept_NK, share_cache = cache
-    return share_backward(dy_NK, share_cache) * kept_NK
 
 
 def gates_from_logits(cfg: MoEConfig) -> bool:
@@ -153,26 +142,26 @@ def gates_forward(
         renormalized        gate = scale * score[chosen] / sum over the chosen
         renormalized_kept   gate = scale * score[chosen] / sum over the chosen that have a place
 
-    Renormalized softmax gates are computed from the logits: a softmax over the chosen alone.
+    Renormalized softmax gates are computed from the logits: a softmax over the chosen alone, or
+    over those that have a place. The gate of a lone survivor is the constant 1.
 
     Shapes     read_NE (N, E), the logits or the scores, as `gates_from_logits` says;
                expert_NK (N, K) integers; kept_NK (N, K) booleans -> gate_NK (N, K)
-    Cache      (cfg, gate cache, kept cache)
+    Cache      (cfg, gate cache)
     Source     Fedus et al. 2022, eq. 2 (raw); Shazeer et al. 2017, eq. 3 (renormalized);
-               DeepSeek-AI 2024, DeepSeek-V3, eq. 13 (any score; its route scale)
+               DeepSpeed's top-k gating (kept; GShard divides before it drops); DeepSeek-AI 2024,
+               DeepSeek-V3, eq. 13 (any score; its route scale)
     """
+    only_NK = kept_NK if cfg.gate_weights == "renormalized_kept" else None
     if not cfg.renormalized:  # 1. weights
         gate_NK, gate_cache = router.raw_gate_forward(read_NE, expert_NK)
     elif gates_from_logits(cfg):
-        gate_NK, gate_cache = router.renormalized_gate_forward(read_NE, expert_NK)
+        gate_NK, gate_cache = router.renormalized_gate_forward(read_NE, expert_NK, only_NK)
     else:
-        gate_NK, gate_cache = share_gate_forward(read_NE, expert_NK)
-    kept_cache = None
-    if cfg.gate_weights == "renormalized_kept":  # 2. of the survivors alone
-        gate_NK, kept_cache = kept_gate_forward(gate_NK, kept_NK)
-    if cfg.gate_scale != 1.0:  # 3. scale
+        gate_NK, gate_cache = share_gate_forward(read_NE, expert_NK, only_NK)
+    if cfg.gate_scale != 1.0:  # 2. scale
         gate_NK = gate_NK * cfg.gate_scale
-    return gate_NK, (cfg, gate_cache, kept_cache)
+    return gate_NK, (cfg, gate_cache)
 
 
 def gates_backward(dgate_NK: Array, cache: Cache) -> Array:
@@ -180,11 +169,9 @@ def gates_backward(dgate_NK: Array, cache: Cache) -> Array:
 
     Shapes     dgate_NK (N, K) -> dread_NE (N, E)
     """
-    cfg, gate_cache, kept_cache = cache
-    if cfg.gate_scale != 1.0:  # 3.
+    cfg, gate_cache = cache
+    if cfg.gate_scale != 1.0:  # 2.
         dgate_NK = dgate_NK * cfg.gate_scale
-    if kept_cache is not None:  # 2.
-        dgate_NK = kept_gate_backward(dgate_NK, kept_cache)
     if not cfg.renormalized:  # 1.
         return router.raw_gate_backward(dgate_NK, gate_cache)
     if gates_from_logits(cfg):

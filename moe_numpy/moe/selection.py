@@ -64,14 +64,18 @@ def sinkhorn(logit_NE: Array, tolerance: float, most: int) -> Array:
         column[e] = 1 / (E * sum_n row[n] exp(logit[n, e]))           from column = 1
 
     until the mean change of the columns is below `tolerance`, or for `most` rounds. Only the order
-    of the experts in a row is used: an expert that many want is divided by its popularity.
+    of the experts in a row is used: an expert that many want is divided by its popularity. So the
+    answer is a logarithm, which does not underflow, and leaves the row's own factor out:
+
+        balanced[n, e] = logit[n, e] + log column[e]
 
     differs: the exponent is taken below the row's maximum, so that none overflows (a factor of a
     row is undone by the row's own scale); Megatron-LM has no limit of rounds.
 
     A round is few launches, and one look from the host at the change.
 
-    Shapes     logit_NE (N, E) -> balanced_NE (N, E), not negative
+    Shapes     logit_NE (N, E) -> balanced_NE (N, E)
+    Units      nats
     Source     Clark et al. 2022, Unified Scaling Laws for Routed Language Models, appendix B;
                Megatron-LM, moe_utils.sinkhorn
     """
@@ -84,7 +88,7 @@ def sinkhorn(logit_NE: Array, tolerance: float, most: int) -> Array:
         column_E = 1.0 / (E * (row_N @ mass_NE + FLOOR))  # 2. every expert the same
         if to_host(xp.abs(column_E - before_E).mean()) < tolerance:
             break
-    return row_N[:, None] * mass_NE * column_E
+    return logit_NE + xp.log(column_E)
 
 
 def second_expert_kept(

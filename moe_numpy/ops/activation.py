@@ -41,7 +41,7 @@ def relu_forward(x: Array) -> tuple[Array, Cache]:
     Source     Nair and Hinton 2010
     """
     positive = x > 0
-    return x * positive, (positive,)
+    return xp.maximum(x, 0), (positive,)
 
 
 def relu_backward(dy: Array, cache: Cache) -> Array:
@@ -356,8 +356,10 @@ _ALONE = {
 
 
 def _sigmoid(x: Array) -> Array:
-    # Below -80 the sigmoid is zero to 34 digits; without the bound exp overflows in float32.
-    s = xp.maximum(x, -80.0)
+    # Further below, the sigmoid underflows and exp(-x) overflows: from -87 in float32, -708 in
+    # float64. Out of an array comes an array, of no axes too.
+    bound = math.ceil(math.log(xp.finfo(x.dtype).tiny))
+    s = xp.maximum(x, bound, out=xp.empty_like(x))
     xp.negative(s, out=s)
     xp.exp(s, out=s)
     s += 1.0
