@@ -54,21 +54,17 @@ def collapse(options: argparse.Namespace) -> int:
 
     if options.settings:
         return _collapse_settings(options)
-    folder = options.out or ("figures/quick" if options.quick else "figures")
-    steps, seeds = (80, 2) if options.quick else (250, 4)
-    seeds = options.seeds or seeds
-    study = study_module.Study(
-        num_experts=options.experts,
-        top_k=options.top_k,
-        steps=options.steps or steps,
-        seeds=tuple(range(seeds)),
-    )
+    named = {"num_experts": options.experts, "top_k": options.top_k, "steps": options.steps}
+    named["seeds"] = options.seeds and tuple(range(options.seeds))
+    sizes = {name: size for name, size in named.items() if size is not None}
+    sizes = ({"steps": 80, "seeds": (0, 1)} if options.quick else {}) | sizes
+    study = study_module.Study(**sizes)
     conditions = list(study.conditions())
-    files.require_folder(folder)
+    folder = _folder(options, part=bool(sizes))
     _say(
         options,
-        f"Training {len(conditions)} conditions x {seeds} seeds, {study.steps} steps each: "
-        f"{', '.join(conditions)}.",
+        f"Training {len(conditions)} conditions x {len(study.seeds)} seeds, {study.steps} steps "
+        f"each: {', '.join(conditions)}.",
     )
     record = study_module.run_study(study, options.processes, options.backend)
     _keep(record, Path(folder, "collapse.json"))
@@ -84,9 +80,15 @@ def collapse(options: argparse.Namespace) -> int:
 def _collapse_settings(options: argparse.Namespace) -> int:
     from moe_numpy.lab import rich_get_richer
 
-    folder = options.out or "figures"
-    files.require_folder(folder)
-    record = rich_get_richer.run_settings(show_progress=True)
+    for name in ("steps", "seeds", "experts", "top_k", "processes"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must not come with --settings, got "
+                f"{getattr(options, name)}: that study has sizes of its own. Leave it out."
+            )
+    sizes = {"steps": 100, "seeds": (0, 1)} if options.quick else {}
+    folder = _folder(options, part=options.quick)
+    record = rich_get_richer.run_settings(rich_get_richer.Study(**sizes))
     _keep(record, Path(folder, "collapse_settings.json"))
     print(json.dumps(record) if options.json else rich_get_richer.table(record))
     return 0
@@ -234,9 +236,7 @@ def bench(options: argparse.Namespace) -> int:
     """Measure how fast this machine trains and writes, alone and against PyTorch."""
     from moe_numpy.lab import bench as study_module
 
-    part = options.quick or options.only
-    folder = options.out or ("figures/quick" if part else "figures")
-    files.require_folder(folder)
+    folder = _folder(options, part=options.quick or bool(options.only))
     whom = {"torch": "PyTorch", "transformers": "Transformers"}
     reasons = {library: study_module.why_not(library) for library in whom}
     for library, reason in reasons.items():
@@ -301,6 +301,11 @@ def systems(options: argparse.Namespace) -> int:
 
     if options.train:
         return _train_systems(options)
+    for name in ("seeds", "out"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name} must come with --train, got it alone. Add --train or leave it out."
+            )
     width = shutil.get_terminal_size((140, 24)).columns
     if options.name is not None:
         record = systems_module.record(options.name)
@@ -315,11 +320,12 @@ def systems(options: argparse.Namespace) -> int:
 def _train_systems(options: argparse.Namespace) -> int:
     from moe_numpy.lab import systems as study_module
 
-    names = () if options.name is None else (options.name,)
-    study = study_module.Study(names=names, seeds=tuple(range(options.seeds)))
-    files.require_folder(options.out)
-    record = study_module.run_systems(study)
-    _keep(record, Path(options.out, "systems.json"))
+    sizes = {} if options.name is None else {"names": (options.name,)}
+    if options.seeds is not None:
+        sizes["seeds"] = tuple(range(options.seeds))
+    folder = _folder(options, part=bool(sizes))
+    record = study_module.run_systems(study_module.Study(**sizes))
+    _keep(record, Path(folder, "systems.json"))
     print(json.dumps(record) if options.json else study_module.table(record))
     return 0
 
@@ -333,6 +339,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moe_numpy {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    record_folder = "folder of figure and record (figures; figures/quick for a part)"
 
     def command(run: Any, help_text: str, **extra: Any) -> argparse.ArgumentParser:
         added = commands.add_parser(
@@ -354,10 +362,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--steps", type=_positive, help="training steps of a run (250)")
     sub.add_argument("--seeds", type=_positive, help="number of seeds (4)")
-    sub.add_argument("--experts", type=int, default=16, help="experts in a layer (%(default)s)")
-    sub.add_argument("--top-k", type=int, default=1, help="experts per token (%(default)s)")
+    sub.add_argument("--experts", type=int, help="experts in a layer (16)")
+    sub.add_argument("--top-k", type=int, help="experts per token (1)")
     sub.add_argument("--processes", type=_positive, help="runs at once (one per core)")
-    sub.add_argument("--out", help="folder of the figure and its record (figures)")
+    sub.add_argument("--out", help=record_folder)
     sub.add_argument("--json", action="store_true", help="print the record instead of a table")
 
     sub = command(
@@ -425,9 +433,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", nargs="+", choices=rows, metavar="ROW", help=", ".join(rows))
     sub.add_argument("--rounds", type=_positive, help="of each race (7)")
     sub.add_argument("--threads", type=_positive, default=2, help="of each side (%(default)s)")
-    sub.add_argument(
-        "--out", help="folder of figure and record (figures; figures/quick for a part)"
-    )
+    sub.add_argument("--out", help=record_folder)
     sub.add_argument("--json", action="store_true", help="print the record instead of a table")
 
     sub = command(notebooks, "build the notebooks from their sources and run them")
@@ -445,8 +451,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead: train all at laptop size and compare them (half an hour)",
     )
-    sub.add_argument("--seeds", type=_positive, default=3, help="with --train (%(default)s)")
-    sub.add_argument("--out", default="figures", help="of figure and record (%(default)s)")
+    sub.add_argument("--seeds", type=_positive, help="with --train (3)")
+    sub.add_argument("--out", help=f"with --train: {record_folder}")
     sub.add_argument("--json", action="store_true", help="print a JSON object")
 
     sub = command(figures, "draw every figure anew from its record")
@@ -467,6 +473,13 @@ def _positive(text: str) -> int:
 def _require_seed(seed: int) -> None:
     if seed < 0:
         raise ValueError(f"--seed must not be negative, got {seed}. Use 0.")
+
+
+def _folder(options: argparse.Namespace, part: bool) -> str:
+    """Choose the folder of a record: a part must not take the place of the committed whole."""
+    folder = options.out or ("figures/quick" if part else "figures")
+    files.require_folder(folder)
+    return folder
 
 
 def _keep(record: dict[str, Any], path: Path) -> None:

@@ -320,3 +320,31 @@ def test_collapse_can_be_drawn_and_tabulated_from_its_record(study, capsys):
     assert (folder / "collapse.png").read_bytes() == before
     lines = collapse.table(files.read_json(folder / "collapse.json")).splitlines()
     assert len(lines) == 1 + len(collapse.Study().conditions())
+
+
+STUDIES = [  # module and function of a study, name of its record, whether it is whole, flags
+    ("collapse.run_study", "collapse", True, ""),
+    ("collapse.run_study", "collapse", True, "--processes 1"),
+    *(
+        ("collapse.run_study", "collapse", False, part)
+        for part in ("--quick", "--steps 9", "--seeds 2", "--experts 4", "--top-k 2")
+    ),
+    ("rich_get_richer.run_settings", "collapse --settings", True, ""),
+    ("rich_get_richer.run_settings", "collapse --settings", False, "--quick"),
+    ("systems.run_systems", "systems --train", True, ""),
+    ("systems.run_systems", "systems --train", False, "switch"),
+    ("systems.run_systems", "systems --train", False, "--seeds 2"),
+]
+
+
+@pytest.mark.parametrize(("study", "command", "whole", "flags"), STUDIES)
+def test_a_part_of_a_study_leaves_the_committed_record_alone(
+    study, command, whole, flags, monkeypatch, capsys
+):
+    asked, kept = [], []
+    monkeypatch.setattr(f"moe_numpy.lab.{study}", lambda sizes, *_: asked.append(sizes) or {})
+    monkeypatch.setattr(commands, "_keep", lambda _, path: kept.append(path.parent))
+    for more in ([], ["--out", "o"]):
+        main(capsys, *command.split(), *flags.split(), "--json", *more)
+    assert kept == [Path("figures" if whole else "figures/quick"), Path("o")]
+    assert (asked[0] == type(asked[0])()) == whole

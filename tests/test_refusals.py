@@ -131,6 +131,12 @@ TABLE = [
     (["collapse", "--experts", "4", "--top-k", "5"], r"num_experts \(4\), got 5"),
     (["collapse", "--experts", "0"], r"num_experts must be .*got 0"),
     (["collapse", "--out", "text", "--steps", "1", "--seeds", "1"], r"text must be writable"),
+    *(
+        (["collapse", "--settings", flag, "1"], rf"{flag} must not come with --settings, got 1:")
+        for flag in ("--steps", "--seeds", "--experts", "--top-k", "--processes")
+    ),
+    (["systems", "--seeds", "2"], r"--seeds must come with --train, got it alone\. Add --train"),
+    (["systems", "switch", "--out", "o"], r"--out must come with --train, got it alone"),
 ]
 
 
