@@ -10,9 +10,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     0 fine, 1 refused or failed, 2 misspelt or without the backend asked for, 130 stopped.
     """
     options = _parser().parse_args(arguments)
+    if sys.stderr is None:  # closed, 2>&-: complaints must go neither to stdout nor into a file
+        sys.stderr = open(os.devnull, "w")
     with contextlib.suppress(AttributeError):  # what a terminal cannot show becomes a question mark
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -96,7 +98,7 @@ def _collapse_settings(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train a language model, or go on with a run that was stopped."""
-    from moe_numpy.lab import records
+    from moe_numpy.lab import plots, records  # noqa: F401  the picture must not fail at the end
     from moe_numpy.training import loop, team
 
     given, folder = settings.given(options), None
@@ -114,7 +116,7 @@ def train(options: argparse.Namespace) -> int:
             if (folder / "checkpoint.npz").exists():
                 raise ValueError(
                     f"--out must be a folder without a run, got {folder}, which holds one. "
-                    f"Go on with it by --resume {folder}, or choose another folder."
+                    f"Go on with it by --resume {_quoted(folder)}, or choose another folder."
                 )
         run = settings.start(given)
     if options.processes > 1:
@@ -126,7 +128,6 @@ def train(options: argparse.Namespace) -> int:
     _say(options, settings.describe(run))
     _say(options, "Reference losses: " + _reference_line(references))
     folder = folder or _new_folder(Path("runs"))
-    started = time.perf_counter()
     try:
         loop.train(
             run,
@@ -135,21 +136,20 @@ def train(options: argparse.Namespace) -> int:
             run.settings["evaluate_every"],
             processes=options.processes,
         )
+        record = records.training_record(run, references)
+        _keep(record, folder / "training.json")
     except KeyboardInterrupt:
-        print(
-            f"Stopped after step {run.step} of {run.training.steps}. "
-            f"Go on from its last checkpoint: python -m moe_numpy train --resume {folder}",
-            file=sys.stderr,
-        )
+        stopped = f"Stopped after step {run.step} of {run.training.steps}."
+        print(f"{stopped} {_way_on(folder)}", file=sys.stderr)
         return 130
-    record = records.training_record(run, references, time.perf_counter() - started)
-    _keep(record, folder / "training.json")
+    except OSError as error:
+        raise type(error)(f"{error} {_way_on(folder)}") from None
     if options.json:
         print(json.dumps(record | {"checkpoint": str(folder / "checkpoint.npz")}))
         return 0
     print(f"Validation loss {record['validation_loss']:.3f} nats per character.")
     print(f"Picture: {folder / 'training.png'}   record: {folder / 'training.json'}")
-    print(f"Write with it: python -m moe_numpy generate --checkpoint {folder}")
+    print(f"Write with it: python -m moe_numpy generate --checkpoint {_quoted(folder)}")
     return 0
 
 
@@ -493,6 +493,19 @@ def _keep(record: dict[str, Any], path: Path) -> None:
 def _say(options: argparse.Namespace, text: str) -> None:
     if not options.json:
         print(text, flush=True)
+
+
+def _way_on(folder: Path) -> str:
+    """Say how to go on with a run that ended early."""
+    if not (folder / "checkpoint.npz").exists():
+        return "The run has no checkpoint yet: start anew."
+    resume = f"python -m moe_numpy train --resume {_quoted(folder)}"
+    return f"Go on from its last checkpoint: {resume}"
+
+
+def _quoted(path: Path) -> str:
+    """Write a path as a shell reads it."""
+    return shlex.quote(str(path))
 
 
 def _new_folder(parent: Path) -> Path:

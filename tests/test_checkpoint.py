@@ -128,6 +128,22 @@ def test_a_rename_that_fails_leaves_the_older_file_whole(written, monkeypatch):
     only(written.parent, "run.npz")
 
 
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_older_one(written):
+    resource = pytest.importorskip("resource")
+    before, limits = written.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"run\.npz must be written, got: .*\. Make room"
+        ) as error:
+            checkpoint.save_checkpoint(written, {"a": np.zeros(99_999)}, META)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert written.read_bytes() == before
+    only(written.parent, "run.npz")
+
+
 def test_the_older_file_stays_in_place_while_the_new_one_is_written(written):
     before = written.read_bytes()
     seen = []
@@ -329,6 +345,7 @@ def changed(path, entries):
         *({name: []} for name in ("config", "training", "data_rng")),
         *({"step": step} for step in ("1", -1, 10, 0.5)),
         {"series__rate": np.zeros(3)},
+        *({"seconds": seconds} for seconds in (None, "1", -1.0, math.nan)),
         {"noise_rng": {"bit_generator": "MT19937"}},
         {"dtype": "int8"},
     ],
@@ -338,6 +355,11 @@ def test_a_run_that_lacks_something_or_holds_something_else_is_refused(entries, 
     path = changed(tmp_path / "run.npz", entries)
     with pytest.raises(ValueError, match=r"^(load_run|restore|from_dict|init_model|new_run): "):
         loop.load_run(path, tiny.corpus())
+
+
+def test_a_checkpoint_from_before_the_time_was_kept_is_read(tmp_path):
+    path = changed(tmp_path / "run.npz", {"seconds": ...})
+    assert loop.load_run(path, tiny.corpus()).seconds == 0
 
 
 @pytest.mark.parametrize(
