@@ -50,7 +50,7 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"read_json: {path} must be a record in JSON, got: {error}. "
             "Write it anew with the command that makes it."

@@ -227,13 +227,18 @@ def draw(record: dict[str, Any], source: Path) -> Figure:
 
     Raises     ValueError if `source`, where the record came from, is of no known study
     """
+    require_study(record, source)
+    return DRAWN_BY[record["study"]](record)
+
+
+def require_study(record: Any, source: Path) -> None:
+    """Refuse what is not the record of a known study."""
     study = record.get("study") if isinstance(record, dict) else None
     if study not in DRAWN_BY:
         raise ValueError(
             f"figures: {source} must be the record of a study ({', '.join(DRAWN_BY)}), got "
             f"{study!r}. Move it away or make it anew."
         )
-    return DRAWN_BY[study](record)
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import reprlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -280,8 +281,14 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
         rule, most = "step must be at most that of the last", training.steps
         rules.require(run.step <= most, "load_run", f"{rule} ({most})", run.step, "")
         for name, like in _empty_series(cfg, training.steps)._asdict().items():
-            came, rule = getattr(run.series, name).shape, f"{name} must have the shape {like.shape}"
-            rules.require(came == like.shape, "load_run", rule, came, "Use an older copy.")
+            came = getattr(run.series, name)
+            fine = (came.dtype, came.shape) == (like.dtype, like.shape)
+            rule, found = f"{name} must be {like.dtype} {like.shape}", f"{came.dtype} {came.shape}"
+            rules.require(fine, "load_run", rule, found, "Use an older copy.")
+        fine = isinstance(run.evaluations, list) and all(map(_is_evaluation, run.evaluations))
+        fine = fine and (run.step < most or run.evaluations != [])
+        rule, came = "evaluations must be a list, with that of the end", run.evaluations
+        rules.require(fine, "load_run", rule, reprlib.repr(came), "Use an older copy.")
     return run
 
 
@@ -399,6 +406,11 @@ def _evaluate_now(run: Run) -> None:
             "decisiveness": found.decisiveness.tolist(),
         }
     )
+
+
+def _is_evaluation(found: Any) -> bool:
+    whole = isinstance(found, dict) and {"step", *Evaluation._fields} <= found.keys()
+    return whole and isinstance(found["step"], int) and isinstance(found["loss"], float)
 
 
 def _save_finite(path: str | Path, run: Run) -> None:
