@@ -109,6 +109,7 @@ def train(options: argparse.Namespace) -> int:
                 "folder. Leave it out."
             )
         folder = Path(options.resume)
+        folder = folder.parent if folder.name == "checkpoint.npz" else folder
         run = settings.resume(folder / "checkpoint.npz", given)
     else:
         if options.out:
@@ -271,9 +272,10 @@ def figures(options: argparse.Namespace) -> int:
         )
     for path in records:
         record = files.read_json(path)
+        plots.require_study(record, path)
         try:
             figure = plots.draw(record, path)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"figures: {path} must be a whole record, got one that lacks something "
                 f"({error!r}). Move it away or make it anew."
@@ -287,7 +289,9 @@ def notebooks(options: argparse.Namespace) -> int:
     """Build the notebooks from their sources and run them from top to bottom."""
     from moe_numpy.classroom import lessons
 
-    for source in lessons.sources(options.folder, options.names):
+    sources = lessons.sources(options.folder, options.names)
+    lessons.require_libraries()
+    for source in sources:
         print(f"{source} ...", end="", flush=True)
         path = lessons.write(source)
         print(f" {path.name}, {path.stat().st_size // 1024} kB")
@@ -365,7 +369,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--experts", type=int, help="experts in a layer (16)")
     sub.add_argument("--top-k", type=int, help="experts per token (1)")
     sub.add_argument("--processes", type=_positive, help="runs at once (one per core)")
-    sub.add_argument("--out", help=record_folder)
+    sub.add_argument("--out", type=_name, help=record_folder)
     sub.add_argument("--json", action="store_true", help="print the record instead of a table")
 
     sub = command(
@@ -375,7 +379,8 @@ def _parser() -> argparse.ArgumentParser:
         "minutes. Ctrl-C stops after the step in progress; --resume goes on bit for bit.",
     )
     settings.add_options(sub)
-    sub.add_argument("--out", help="folder for checkpoint, record and picture (runs/1, runs/2, ..)")
+    folder = "folder for checkpoint, record and picture (runs/1, runs/2, ..)"
+    sub.add_argument("--out", type=_name, help=folder)
     sub.add_argument("--resume", metavar="FOLDER", help="go on with the run of that folder")
     sub.add_argument(
         "--processes",
@@ -390,7 +395,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the record of the run")
 
     sub = command(generate, "let a trained model write")
-    sub.add_argument("--checkpoint", help="a run's folder or checkpoint (the newest in runs/)")
+    newest = "a run's folder or checkpoint (the newest in runs/)"
+    sub.add_argument("--checkpoint", type=_name, help=newest)
     sub.add_argument("--prompt", help="text to go on from (a new line)")
     sub.add_argument("--tokens", type=int, default=300, help="characters (%(default)s)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0: most likely (%(default)s)")
@@ -419,7 +425,8 @@ def _parser() -> argparse.ArgumentParser:
         more="Needs the GPU backend; says so and stops where there is none.",
     )
     sub.add_argument("--steps", type=_positive, default=200, help="to compare (%(default)s)")
-    sub.add_argument("--out", default="figures", help="folder of figure and record (%(default)s)")
+    folder = "folder of figure and record (%(default)s)"
+    sub.add_argument("--out", type=_name, default="figures", help=folder)
 
     sub = command(
         bench,
@@ -433,7 +440,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", nargs="+", choices=rows, metavar="ROW", help=", ".join(rows))
     sub.add_argument("--rounds", type=_positive, help="of each race (7)")
     sub.add_argument("--threads", type=_positive, default=2, help="of each side (%(default)s)")
-    sub.add_argument("--out", help=record_folder)
+    sub.add_argument("--out", type=_name, help=record_folder)
     sub.add_argument("--json", action="store_true", help="print the record instead of a table")
 
     sub = command(notebooks, "build the notebooks from their sources and run them")
@@ -452,7 +459,7 @@ def _parser() -> argparse.ArgumentParser:
         help="instead: train all at laptop size and compare them (half an hour)",
     )
     sub.add_argument("--seeds", type=_positive, help="with --train (3)")
-    sub.add_argument("--out", help=f"with --train: {record_folder}")
+    sub.add_argument("--out", type=_name, help=f"with --train: {record_folder}")
     sub.add_argument("--json", action="store_true", help="print a JSON object")
 
     sub = command(figures, "draw every figure anew from its record")
@@ -468,6 +475,12 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a name, got ''")
+    return text
 
 
 def _require_seed(seed: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from moe_numpy import commands, files, ledger, settings
-from moe_numpy.classroom import registry
+from moe_numpy.classroom import lessons, registry
 from moe_numpy.lab import collapse
 from moe_numpy.ops import softmax
 from moe_numpy.training import checkpoint, loop
@@ -279,11 +279,24 @@ def test_figures_draws_every_figure_again_to_the_same_bytes(trained, capsys):
 FOREIGN = ('{"study": "other"}', '{"a": 1}', "[1]", "3", "{", "", '{"study": "collapse"}')
 
 
+UNEQUAL = {"step": [1, 2], "training_loss": [3.0]}
+FOREIGN += (json.dumps({"study": "training", "series": UNEQUAL, "evaluations": []}),)
+
+
 @pytest.mark.parametrize("content", [*FOREIGN, '{"study": "training", "series": {"step": 1}}'])
 def test_figures_names_a_file_that_is_no_record(content, capsys):
     Path("mine.json").write_text(content)
     assert "mine.json" in complaint(main(capsys, "figures", ".", status=1).err)
     assert sorted(os.listdir()) == ["mine.json", "text"]
+
+
+def test_notebooks_need_the_extra_that_is_named(monkeypatch, capsys):
+    Path("06_top_k.py").write_text("")
+    monkeypatch.setattr(lessons.importlib.util, "find_spec", lambda name: None)
+    told = complaint(main(capsys, "notebooks", "--folder", ".", status=1).err)
+    assert told.endswith(
+        'jupytext must be installed, got none. Install it with: pip install -e ".[notebooks]"'
+    )
 
 
 # ---------------------------------------------------------------------------------------- collapse

@@ -118,6 +118,15 @@ def test_a_finished_run_can_be_resumed_and_repeated_flags_are_fine(uninterrupted
     assert (uninterrupted / "checkpoint.npz").read_bytes() == before
 
 
+@pytest.mark.parametrize("text", [5, ["text"], {}], ids=str)
+def test_a_text_that_is_no_name_is_refused(text, uninterrupted, capsys):
+    arrays, meta = checkpoint.load_checkpoint(uninterrupted / "checkpoint.npz")
+    meta["settings"]["text"] = text
+    checkpoint.save_checkpoint("bad/checkpoint.npz", arrays, meta)
+    told = complaint(main(capsys, "train", "--resume", "bad", status=1).err)
+    assert str(Path("bad/checkpoint.npz")) in told
+
+
 def test_a_text_that_moved_is_asked_for_and_may_lie_elsewhere(uninterrupted, capsys, monkeypatch):
     Path("moved").mkdir()
     Path("moved", "checkpoint.npz").write_bytes((uninterrupted / "checkpoint.npz").read_bytes())
@@ -174,7 +183,7 @@ def test_what_cannot_draw_a_picture_does_not_begin_to_train(monkeypatch, tmp_pat
 def test_a_finished_run_keeps_its_time(uninterrupted, capsys):
     text, record = uninterrupted.parent / "text", uninterrupted / "training.json"
     before = record.read_bytes()
-    main(capsys, "train", "--resume", uninterrupted, "--text", text)
+    main(capsys, "train", "--resume", uninterrupted / "checkpoint.npz", "--text", text)
     assert record.read_bytes() == before
 
 
