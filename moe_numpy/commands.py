@@ -10,9 +10,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     0 fine, 1 refused or failed, 2 misspelt or without the backend asked for, 130 stopped.
     """
     options = _parser().parse_args(arguments)
+    if sys.stderr is None:  # closed, 2>&-: complaints must go neither to stdout nor into a file
+        sys.stderr = open(os.devnull, "w")
     with contextlib.suppress(AttributeError):  # what a terminal cannot show becomes a question mark
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -54,21 +56,17 @@ def collapse(options: argparse.Namespace) -> int:
 
     if options.settings:
         return _collapse_settings(options)
-    folder = options.out or ("figures/quick" if options.quick else "figures")
-    steps, seeds = (80, 2) if options.quick else (250, 4)
-    seeds = options.seeds or seeds
-    study = study_module.Study(
-        num_experts=options.experts,
-        top_k=options.top_k,
-        steps=options.steps or steps,
-        seeds=tuple(range(seeds)),
-    )
+    named = {"num_experts": options.experts, "top_k": options.top_k, "steps": options.steps}
+    named["seeds"] = options.seeds and tuple(range(options.seeds))
+    sizes = {name: size for name, size in named.items() if size is not None}
+    sizes = ({"steps": 80, "seeds": (0, 1)} if options.quick else {}) | sizes
+    study = study_module.Study(**sizes)
     conditions = list(study.conditions())
-    files.require_folder(folder)
+    folder = _folder(options, part=bool(sizes))
     _say(
         options,
-        f"Training {len(conditions)} conditions x {seeds} seeds, {study.steps} steps each: "
-        f"{', '.join(conditions)}.",
+        f"Training {len(conditions)} conditions x {len(study.seeds)} seeds, {study.steps} steps "
+        f"each: {', '.join(conditions)}.",
     )
     record = study_module.run_study(study, options.processes, options.backend)
     _keep(record, Path(folder, "collapse.json"))
@@ -84,9 +82,15 @@ def collapse(options: argparse.Namespace) -> int:
 def _collapse_settings(options: argparse.Namespace) -> int:
     from moe_numpy.lab import rich_get_richer
 
-    folder = options.out or "figures"
-    files.require_folder(folder)
-    record = rich_get_richer.run_settings(show_progress=True)
+    for name in ("steps", "seeds", "experts", "top_k", "processes"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must not come with --settings, got "
+                f"{getattr(options, name)}: that study has sizes of its own. Leave it out."
+            )
+    sizes = {"steps": 100, "seeds": (0, 1)} if options.quick else {}
+    folder = _folder(options, part=options.quick)
+    record = rich_get_richer.run_settings(rich_get_richer.Study(**sizes))
     _keep(record, Path(folder, "collapse_settings.json"))
     print(json.dumps(record) if options.json else rich_get_richer.table(record))
     return 0
@@ -94,7 +98,7 @@ def _collapse_settings(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train a language model, or go on with a run that was stopped."""
-    from moe_numpy.lab import records
+    from moe_numpy.lab import plots, records  # noqa: F401  the picture must not fail at the end
     from moe_numpy.training import loop, team
 
     given, folder = settings.given(options), None
@@ -105,6 +109,7 @@ def train(options: argparse.Namespace) -> int:
                 "folder. Leave it out."
             )
         folder = Path(options.resume)
+        folder = folder.parent if folder.name == "checkpoint.npz" else folder
         run = settings.resume(folder / "checkpoint.npz", given)
     else:
         if options.out:
@@ -112,7 +117,7 @@ def train(options: argparse.Namespace) -> int:
             if (folder / "checkpoint.npz").exists():
                 raise ValueError(
                     f"--out must be a folder without a run, got {folder}, which holds one. "
-                    f"Go on with it by --resume {folder}, or choose another folder."
+                    f"Go on with it by --resume {_quoted(folder)}, or choose another folder."
                 )
         run = settings.start(given)
     if options.processes > 1:
@@ -124,7 +129,6 @@ def train(options: argparse.Namespace) -> int:
     _say(options, settings.describe(run))
     _say(options, "Reference losses: " + _reference_line(references))
     folder = folder or _new_folder(Path("runs"))
-    started = time.perf_counter()
     try:
         loop.train(
             run,
@@ -133,21 +137,20 @@ def train(options: argparse.Namespace) -> int:
             run.settings["evaluate_every"],
             processes=options.processes,
         )
+        record = records.training_record(run, references)
+        _keep(record, folder / "training.json")
     except KeyboardInterrupt:
-        print(
-            f"Stopped after step {run.step} of {run.training.steps}. "
-            f"Go on from its last checkpoint: python -m moe_numpy train --resume {folder}",
-            file=sys.stderr,
-        )
+        stopped = f"Stopped after step {run.step} of {run.training.steps}."
+        print(f"{stopped} {_way_on(folder)}", file=sys.stderr)
         return 130
-    record = records.training_record(run, references, time.perf_counter() - started)
-    _keep(record, folder / "training.json")
+    except OSError as error:
+        raise type(error)(f"{error} {_way_on(folder)}") from None
     if options.json:
         print(json.dumps(record | {"checkpoint": str(folder / "checkpoint.npz")}))
         return 0
     print(f"Validation loss {record['validation_loss']:.3f} nats per character.")
     print(f"Picture: {folder / 'training.png'}   record: {folder / 'training.json'}")
-    print(f"Write with it: python -m moe_numpy generate --checkpoint {folder}")
+    print(f"Write with it: python -m moe_numpy generate --checkpoint {_quoted(folder)}")
     return 0
 
 
@@ -234,9 +237,7 @@ def bench(options: argparse.Namespace) -> int:
     """Measure how fast this machine trains and writes, alone and against PyTorch."""
     from moe_numpy.lab import bench as study_module
 
-    part = options.quick or options.only
-    folder = options.out or ("figures/quick" if part else "figures")
-    files.require_folder(folder)
+    folder = _folder(options, part=options.quick or bool(options.only))
     whom = {"torch": "PyTorch", "transformers": "Transformers"}
     reasons = {library: study_module.why_not(library) for library in whom}
     for library, reason in reasons.items():
@@ -271,9 +272,10 @@ def figures(options: argparse.Namespace) -> int:
         )
     for path in records:
         record = files.read_json(path)
+        plots.require_study(record, path)
         try:
             figure = plots.draw(record, path)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"figures: {path} must be a whole record, got one that lacks something "
                 f"({error!r}). Move it away or make it anew."
@@ -287,7 +289,9 @@ def notebooks(options: argparse.Namespace) -> int:
     """Build the notebooks from their sources and run them from top to bottom."""
     from moe_numpy.classroom import lessons
 
-    for source in lessons.sources(options.folder, options.names):
+    sources = lessons.sources(options.folder, options.names)
+    lessons.require_libraries()
+    for source in sources:
         print(f"{source} ...", end="", flush=True)
         path = lessons.write(source)
         print(f" {path.name}, {path.stat().st_size // 1024} kB")
@@ -301,6 +305,11 @@ def systems(options: argparse.Namespace) -> int:
 
     if options.train:
         return _train_systems(options)
+    for name in ("seeds", "out"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name} must come with --train, got it alone. Add --train or leave it out."
+            )
     width = shutil.get_terminal_size((140, 24)).columns
     if options.name is not None:
         record = systems_module.record(options.name)
@@ -315,11 +324,12 @@ def systems(options: argparse.Namespace) -> int:
 def _train_systems(options: argparse.Namespace) -> int:
     from moe_numpy.lab import systems as study_module
 
-    names = () if options.name is None else (options.name,)
-    study = study_module.Study(names=names, seeds=tuple(range(options.seeds)))
-    files.require_folder(options.out)
-    record = study_module.run_systems(study)
-    _keep(record, Path(options.out, "systems.json"))
+    sizes = {} if options.name is None else {"names": (options.name,)}
+    if options.seeds is not None:
+        sizes["seeds"] = tuple(range(options.seeds))
+    folder = _folder(options, part=bool(sizes))
+    record = study_module.run_systems(study_module.Study(**sizes))
+    _keep(record, Path(folder, "systems.json"))
     print(json.dumps(record) if options.json else study_module.table(record))
     return 0
 
@@ -333,6 +343,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moe_numpy {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    record_folder = "folder of figure and record (figures; figures/quick for a part)"
 
     def command(run: Any, help_text: str, **extra: Any) -> argparse.ArgumentParser:
         added = commands.add_parser(
@@ -354,10 +366,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--steps", type=_positive, help="training steps of a run (250)")
     sub.add_argument("--seeds", type=_positive, help="number of seeds (4)")
-    sub.add_argument("--experts", type=int, default=16, help="experts in a layer (%(default)s)")
-    sub.add_argument("--top-k", type=int, default=1, help="experts per token (%(default)s)")
+    sub.add_argument("--experts", type=int, help="experts in a layer (16)")
+    sub.add_argument("--top-k", type=int, help="experts per token (1)")
     sub.add_argument("--processes", type=_positive, help="runs at once (one per core)")
-    sub.add_argument("--out", help="folder of the figure and its record (figures)")
+    sub.add_argument("--out", type=_name, help=record_folder)
     sub.add_argument("--json", action="store_true", help="print the record instead of a table")
 
     sub = command(
@@ -367,7 +379,8 @@ def _parser() -> argparse.ArgumentParser:
         "minutes. Ctrl-C stops after the step in progress; --resume goes on bit for bit.",
     )
     settings.add_options(sub)
-    sub.add_argument("--out", help="folder for checkpoint, record and picture (runs/1, runs/2, ..)")
+    folder = "folder for checkpoint, record and picture (runs/1, runs/2, ..)"
+    sub.add_argument("--out", type=_name, help=folder)
     sub.add_argument("--resume", metavar="FOLDER", help="go on with the run of that folder")
     sub.add_argument(
         "--processes",
@@ -382,7 +395,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the record of the run")
 
     sub = command(generate, "let a trained model write")
-    sub.add_argument("--checkpoint", help="a run's folder or checkpoint (the newest in runs/)")
+    newest = "a run's folder or checkpoint (the newest in runs/)"
+    sub.add_argument("--checkpoint", type=_name, help=newest)
     sub.add_argument("--prompt", help="text to go on from (a new line)")
     sub.add_argument("--tokens", type=int, default=300, help="characters (%(default)s)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0: most likely (%(default)s)")
@@ -411,7 +425,8 @@ def _parser() -> argparse.ArgumentParser:
         more="Needs the GPU backend; says so and stops where there is none.",
     )
     sub.add_argument("--steps", type=_positive, default=200, help="to compare (%(default)s)")
-    sub.add_argument("--out", default="figures", help="folder of figure and record (%(default)s)")
+    folder = "folder of figure and record (%(default)s)"
+    sub.add_argument("--out", type=_name, default="figures", help=folder)
 
     sub = command(
         bench,
@@ -425,9 +440,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", nargs="+", choices=rows, metavar="ROW", help=", ".join(rows))
     sub.add_argument("--rounds", type=_positive, help="of each race (7)")
     sub.add_argument("--threads", type=_positive, default=2, help="of each side (%(default)s)")
-    sub.add_argument(
-        "--out", help="folder of figure and record (figures; figures/quick for a part)"
-    )
+    sub.add_argument("--out", type=_name, help=record_folder)
     sub.add_argument("--json", action="store_true", help="print the record instead of a table")
 
     sub = command(notebooks, "build the notebooks from their sources and run them")
@@ -445,8 +458,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead: train all at laptop size and compare them (half an hour)",
     )
-    sub.add_argument("--seeds", type=_positive, default=3, help="with --train (%(default)s)")
-    sub.add_argument("--out", default="figures", help="of figure and record (%(default)s)")
+    sub.add_argument("--seeds", type=_positive, help="with --train (3)")
+    sub.add_argument("--out", type=_name, help=f"with --train: {record_folder}")
     sub.add_argument("--json", action="store_true", help="print a JSON object")
 
     sub = command(figures, "draw every figure anew from its record")
@@ -464,9 +477,22 @@ def _positive(text: str) -> int:
     return number
 
 
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a name, got ''")
+    return text
+
+
 def _require_seed(seed: int) -> None:
     if seed < 0:
         raise ValueError(f"--seed must not be negative, got {seed}. Use 0.")
+
+
+def _folder(options: argparse.Namespace, part: bool) -> str:
+    """Choose the folder of a record: a part must not take the place of the committed whole."""
+    folder = options.out or ("figures/quick" if part else "figures")
+    files.require_folder(folder)
+    return folder
 
 
 def _keep(record: dict[str, Any], path: Path) -> None:
@@ -480,6 +506,19 @@ def _keep(record: dict[str, Any], path: Path) -> None:
 def _say(options: argparse.Namespace, text: str) -> None:
     if not options.json:
         print(text, flush=True)
+
+
+def _way_on(folder: Path) -> str:
+    """Say how to go on with a run that ended early."""
+    if not (folder / "checkpoint.npz").exists():
+        return "The run has no checkpoint yet: start anew."
+    resume = f"python -m moe_numpy train --resume {_quoted(folder)}"
+    return f"Go on from its last checkpoint: {resume}"
+
+
+def _quoted(path: Path) -> str:
+    """Write a path as a shell reads it."""
+    return shlex.quote(str(path))
 
 
 def _new_folder(parent: Path) -> Path:

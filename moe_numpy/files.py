@@ -14,7 +14,8 @@ from typing import IO, Any
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write` fill a temporary file, then rename it to `path`; an older file stays until then.
 
-    Raises     ValueError if the folder cannot be written to, or the place itself is one
+    Raises     ValueError if the folder cannot be written to, or the place itself is one; OSError
+               if writing fails, as on a full disk
     """
     path = Path(path)
     if path.is_dir():
@@ -27,9 +28,13 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        raise type(error)(
+            f"output: {path} must be written, got: {error.strerror or error}. "
+            "Make room, or see who may write there; an older file stays as it was."
+        ) from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: str | Path, record: Any) -> None:
@@ -45,7 +50,7 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"read_json: {path} must be a record in JSON, got: {error}. "
             "Write it anew with the command that makes it."

@@ -9,11 +9,13 @@ from typing import Any
 def bar(total: int, name: str, unit: str, done: int = 0, show: bool = True) -> Any:
     """Open a tqdm bar with an estimate of the time left, for a terminal or a notebook.
 
-    Where nobody watches a terminal it prints a line every ten seconds instead of drawing.
+    Where nobody watches a terminal it prints a line every ten seconds instead of drawing, and where
+    the standard error is closed nothing at all.
     """
     from tqdm.auto import tqdm  # here, so that importing the package stays quick
 
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    show = show and sys.stderr is not None
+    watched = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     return tqdm(
         total=total,
         initial=done,

@@ -171,14 +171,17 @@ def resume(path: Path, flags: dict[str, Any]) -> loop.Run:
     from moe_numpy.training import checkpoint, loop
 
     with checkpoint.whole("resume", path):
-        stored = dict(checkpoint.load_checkpoint(path)[1]["settings"])
+        stored = checkpoint.load_checkpoint(path)[1]["settings"]
+        text = flags.get("text", stored.get("text"))
+        if not isinstance(text, str | None):
+            raise TypeError(f"text: {text!r}")
     for name, value in flags.items():
         if name != "text" and stored.get(name) != value:
             raise ValueError(
                 f"--{name.replace('_', '-')} must be that of the run ({stored.get(name)}), got "
                 f"{value}. Leave it out, or start a new run with another --out."
             )
-    return loop.load_run(path, _corpus(flags.get("text", stored.get("text"))))
+    return loop.load_run(path, _corpus(text))
 
 
 def describe(run: loop.Run) -> str:

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and checkpoints that are refused with a reason."""
 
+import functools
 import io
 import json
 import math
@@ -124,6 +125,22 @@ def test_a_rename_that_fails_leaves_the_older_file_whole(written, monkeypatch):
     monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(PermissionError):
         checkpoint.save_checkpoint(written, TREES, META)
+    assert written.read_bytes() == before
+    only(written.parent, "run.npz")
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_older_one(written):
+    resource = pytest.importorskip("resource")
+    before, limits = written.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"run\.npz must be written, got: .*\. Make room"
+        ) as error:
+            checkpoint.save_checkpoint(written, {"a": np.zeros(99_999)}, META)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
     assert written.read_bytes() == before
     only(written.parent, "run.npz")
 
@@ -304,6 +321,9 @@ def test_another_text_is_refused(tmp_path):
         loop.load_run(path, tiny.corpus(seed=1))
 
 
+NESTED = functools.reduce(lambda inner, _: [inner], range(900), 1)
+
+
 def changed(path, entries):
     """Write the checkpoint of a run, but with other entries; a value of ... takes one away."""
     loop.save_run(path, tiny.run())
@@ -329,15 +349,27 @@ def changed(path, entries):
         *({name: []} for name in ("config", "training", "data_rng")),
         *({"step": step} for step in ("1", -1, 10, 0.5)),
         {"series__rate": np.zeros(3)},
+        {"series__rate": np.zeros(9, int)},
+        {"series__dropped": np.full((9, 0), "")},
+        *({"evaluations": came} for came in (None, {}, "", [1], [{"step": 1, "loss": 2.0}])),
+        {"evaluations": [dict.fromkeys(("step", "loss", "wished", "decisiveness"))]},
+        {"evaluations": [], "step": 9},
+        {"config": NESTED},
+        *({"seconds": seconds} for seconds in (None, "1", -1.0, math.nan)),
         {"noise_rng": {"bit_generator": "MT19937"}},
         {"dtype": "int8"},
     ],
-    ids=str,
+    ids=lambda entries: str(entries)[:60],
 )
 def test_a_run_that_lacks_something_or_holds_something_else_is_refused(entries, tmp_path):
     path = changed(tmp_path / "run.npz", entries)
     with pytest.raises(ValueError, match=r"^(load_run|restore|from_dict|init_model|new_run): "):
         loop.load_run(path, tiny.corpus())
+
+
+def test_a_checkpoint_from_before_the_time_was_kept_is_read(tmp_path):
+    path = changed(tmp_path / "run.npz", {"seconds": ...})
+    assert loop.load_run(path, tiny.corpus()).seconds == 0
 
 
 @pytest.mark.parametrize(
@@ -346,10 +378,11 @@ def test_a_run_that_lacks_something_or_holds_something_else_is_refused(entries, 
         *({name: ...} for name in ("config", "dtype", "alphabet")),
         *({name: None} for name in ("config", "dtype", "alphabet")),
         {"config": [1]},
+        {"config": NESTED},
         {"alphabet": "ab"},
         {"alphabet": tiny.corpus().alphabet + "!"},
     ],
-    ids=str,
+    ids=lambda entries: str(entries)[:60],
 )
 def test_a_model_that_lacks_something_is_refused(entries, tmp_path):
     path = changed(tmp_path / "run.npz", entries)
@@ -396,7 +429,9 @@ def test_a_record_with_a_number_that_is_not_finite_is_not_written(bad, tmp_path)
     only(tmp_path, "record.json")
 
 
-@pytest.mark.parametrize("content", [None, b"{", b"", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [None, b"{", b"", b"\xff\xfe", b"[" * 99_999], ids=lambda c: repr(c)[:9]
+)
 def test_a_record_that_is_missing_or_no_json_is_named(content, tmp_path):
     path = tmp_path / "record.json"
     if content is not None:

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from moe_numpy import commands, files, ledger, settings
-from moe_numpy.classroom import registry
+from moe_numpy.classroom import lessons, registry
 from moe_numpy.lab import collapse
 from moe_numpy.ops import softmax
 from moe_numpy.training import checkpoint, loop
@@ -279,11 +279,24 @@ def test_figures_draws_every_figure_again_to_the_same_bytes(trained, capsys):
 FOREIGN = ('{"study": "other"}', '{"a": 1}', "[1]", "3", "{", "", '{"study": "collapse"}')
 
 
+UNEQUAL = {"step": [1, 2], "training_loss": [3.0]}
+FOREIGN += (json.dumps({"study": "training", "series": UNEQUAL, "evaluations": []}),)
+
+
 @pytest.mark.parametrize("content", [*FOREIGN, '{"study": "training", "series": {"step": 1}}'])
 def test_figures_names_a_file_that_is_no_record(content, capsys):
     Path("mine.json").write_text(content)
     assert "mine.json" in complaint(main(capsys, "figures", ".", status=1).err)
     assert sorted(os.listdir()) == ["mine.json", "text"]
+
+
+def test_notebooks_need_the_extra_that_is_named(monkeypatch, capsys):
+    Path("06_top_k.py").write_text("")
+    monkeypatch.setattr(lessons.importlib.util, "find_spec", lambda name: None)
+    told = complaint(main(capsys, "notebooks", "--folder", ".", status=1).err)
+    assert told.endswith(
+        'jupytext must be installed, got none. Install it with: pip install -e ".[notebooks]"'
+    )
 
 
 # ---------------------------------------------------------------------------------------- collapse
@@ -320,3 +333,31 @@ def test_collapse_can_be_drawn_and_tabulated_from_its_record(study, capsys):
     assert (folder / "collapse.png").read_bytes() == before
     lines = collapse.table(files.read_json(folder / "collapse.json")).splitlines()
     assert len(lines) == 1 + len(collapse.Study().conditions())
+
+
+STUDIES = [  # module and function of a study, name of its record, whether it is whole, flags
+    ("collapse.run_study", "collapse", True, ""),
+    ("collapse.run_study", "collapse", True, "--processes 1"),
+    *(
+        ("collapse.run_study", "collapse", False, part)
+        for part in ("--quick", "--steps 9", "--seeds 2", "--experts 4", "--top-k 2")
+    ),
+    ("rich_get_richer.run_settings", "collapse --settings", True, ""),
+    ("rich_get_richer.run_settings", "collapse --settings", False, "--quick"),
+    ("systems.run_systems", "systems --train", True, ""),
+    ("systems.run_systems", "systems --train", False, "switch"),
+    ("systems.run_systems", "systems --train", False, "--seeds 2"),
+]
+
+
+@pytest.mark.parametrize(("study", "command", "whole", "flags"), STUDIES)
+def test_a_part_of_a_study_leaves_the_committed_record_alone(
+    study, command, whole, flags, monkeypatch, capsys
+):
+    asked, kept = [], []
+    monkeypatch.setattr(f"moe_numpy.lab.{study}", lambda sizes, *_: asked.append(sizes) or {})
+    monkeypatch.setattr(commands, "_keep", lambda _, path: kept.append(path.parent))
+    for more in ([], ["--out", "o"]):
+        main(capsys, *command.split(), *flags.split(), "--json", *more)
+    assert kept == [Path("figures" if whole else "figures/quick"), Path("o")]
+    assert (asked[0] == type(asked[0])()) == whole

@@ -237,7 +237,7 @@ def readable(figure):
 def training_record(**changes):
     run = tiny.trained(changes.pop("moe", tiny.moe()), **changes)
     lines = {"uniform": 2.7, "unigram": 2.4, "2-gram": 1.2} | dict.fromkeys(plots.NGRAMS[2:], 0.6)
-    return records.training_record(run, lines, 1.0)
+    return records.training_record(run, lines)
 
 
 @pytest.mark.parametrize("changes", [{}, {"moe": None}, {"steps": 1}, {"steps": 2}], ids=str)

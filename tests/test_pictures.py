@@ -166,6 +166,19 @@ def test_the_losses_of_a_training_stand_at_their_steps_above_the_next_count_mode
     assert [text.get_text() for text in ax.texts] == ["unigram 3.00", "2-gram 2.00", "3-gram 1.00"]
 
 
+@pytest.mark.parametrize("name", ["a$x^{$b.txt", "caf\udce9.txt"])
+def test_a_text_of_any_name_has_a_picture(name, tmp_path):
+    record = {
+        "series": {"step": [1, 2], "training_loss": [3.5, 2.5]},
+        "evaluations": [{"step": 2, "loss": 2.0}],
+        "references": LINES,
+        "corpus": {"name": name},
+    }
+    figure = plots.training_figure(record)
+    plots.save(figure, tmp_path / "a.png")
+    assert figure.axes[0].get_title() == f"Training on {name.replace(chr(0xDCE9), '?')}"
+
+
 def test_two_backends_are_compared_by_the_relative_difference_and_by_their_own_times():
     losses = {"float32": {"limit": 1e-4, "series": [[4.0, 2.0], [4.0 + 4e-6, 2.0 - 4e-6]]}}
     speed = [{"width": 8, "milliseconds": [1, 5]}, {"width": 16, "milliseconds": [9, 6]}]

@@ -76,6 +76,7 @@ TABLE = [
     ([*TRAIN, "--rate", "nan"], r"rate must be positive and finite, got nan"),
     ([*TRAIN, "--final-rate", "inf"], r"final_rate must .*got inf"),
     ([*TRAIN, "--warmup", "-1"], r"warmup must .*got -1"),
+    ([*TRAIN, "--warmup", "1" * 400], r"warmup must be below 2\*\*63, got 1+\. Use"),
     ([*TRAIN, "--seed", "-1"], r"seed must .*got -1"),
     ([*TRAIN, "--clip", "-1"], r"clip must be positive and finite, got -1\.0"),
     ([*TRAIN, "--smoothing", "1"], r"smoothing < 1, got 1\.0"),
@@ -98,6 +99,10 @@ TABLE = [
     ([*TRAIN, "--out", "text/below"], r"text/below must be writable, got: .*Choose another"),
     ([*TRAIN, "--out", "run"], r"got run, which holds one\. .*--resume run"),
     (["train", "--resume", "none"], r"none/checkpoint\.npz must be a checkpoint, got no such file"),
+    (
+        ["train", "--resume", "cut/checkpoint.npz"],
+        r"cut/checkpoint\.npz must be a whole .*truncated",
+    ),
     (["train", "--resume", ""], r"checkpoint\.npz must be a checkpoint, got no such file"),
     (["train", "--resume", "cut"], r"cut/checkpoint\.npz must be a whole checkpoint.*truncated"),
     (["train", "--resume", "noise"], r"noise/checkpoint\.npz must be a whole checkpoint"),
@@ -131,10 +136,16 @@ TABLE = [
     (["collapse", "--experts", "4", "--top-k", "5"], r"num_experts \(4\), got 5"),
     (["collapse", "--experts", "0"], r"num_experts must be .*got 0"),
     (["collapse", "--out", "text", "--steps", "1", "--seeds", "1"], r"text must be writable"),
+    *(
+        (["collapse", "--settings", flag, "1"], rf"{flag} must not come with --settings, got 1:")
+        for flag in ("--steps", "--seeds", "--experts", "--top-k", "--processes")
+    ),
+    (["systems", "--seeds", "2"], r"--seeds must come with --train, got it alone\. Add --train"),
+    (["systems", "switch", "--out", "o"], r"--out must come with --train, got it alone"),
 ]
 
 
-IDS = [" ".join(arguments).replace(" ".join(TRAIN), "train") for arguments, _ in TABLE]
+IDS = [" ".join(arguments).replace(" ".join(TRAIN), "train")[:60] for arguments, _ in TABLE]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), TABLE, ids=IDS)
@@ -158,6 +169,10 @@ def test_bad_input_is_refused_in_one_line(arguments, expected, capsys):
         (["train", "--save-every", "0"], r"argument --save-every: must be at least 1, got 0"),
         (["train", "--layers", "1.5"], r"argument --layers: invalid int value: '1\.5'"),
         (["train", "--norm", "batch"], r"argument --norm: invalid choice: 'batch'"),
+        *(
+            (command.split(), r"argument --(out|checkpoint): must be a name, got ''")
+            for command in ("collapse --out=", "train --out=", "generate --checkpoint=")
+        ),
         (["trian"], r"invalid choice: 'trian'"),
         ([], r"required: COMMAND"),
     ],

@@ -118,6 +118,15 @@ def test_a_finished_run_can_be_resumed_and_repeated_flags_are_fine(uninterrupted
     assert (uninterrupted / "checkpoint.npz").read_bytes() == before
 
 
+@pytest.mark.parametrize("text", [5, ["text"], {}], ids=str)
+def test_a_text_that_is_no_name_is_refused(text, uninterrupted, capsys):
+    arrays, meta = checkpoint.load_checkpoint(uninterrupted / "checkpoint.npz")
+    meta["settings"]["text"] = text
+    checkpoint.save_checkpoint("bad/checkpoint.npz", arrays, meta)
+    told = complaint(main(capsys, "train", "--resume", "bad", status=1).err)
+    assert str(Path("bad/checkpoint.npz")) in told
+
+
 def test_a_text_that_moved_is_asked_for_and_may_lie_elsewhere(uninterrupted, capsys, monkeypatch):
     Path("moved").mkdir()
     Path("moved", "checkpoint.npz").write_bytes((uninterrupted / "checkpoint.npz").read_bytes())
@@ -129,6 +138,66 @@ def test_a_text_that_moved_is_asked_for_and_may_lie_elsewhere(uninterrupted, cap
         main(capsys, "train", "--resume", "moved", "--text", text.with_name("renamed"))
     finally:
         text.with_name("renamed").rename(text)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "told"),
+    [
+        (
+            "training.loop.save_run",
+            KeyboardInterrupt,
+            "Stopped after step 0 of 12. The run has no checkpoint yet: start anew.",
+        ),
+        (
+            "lab.plots.save",
+            KeyboardInterrupt,
+            "Stopped after step 12 of 12. "
+            "Go on from its last checkpoint: python -m moe_numpy train --resume 'o o'",
+        ),
+        (
+            "lab.plots.save",
+            PermissionError("somebody has it open."),
+            "moe_numpy train: error: somebody has it open. "
+            "Go on from its last checkpoint: python -m moe_numpy train --resume 'o o'",
+        ),
+    ],
+    ids=str,
+)
+def test_an_end_at_any_moment_says_how_to_go_on(place, error, told, capsys, monkeypatch):
+    def end(*_):
+        raise error
+
+    monkeypatch.setattr(f"moe_numpy.{place}", end)
+    status = 130 if error is KeyboardInterrupt else 1
+    out = main(capsys, "train", *tiny.FLAGS, "--text", "text", "--out", "o o", status=status)
+    assert complaint(out.err) == told
+
+
+def test_what_cannot_draw_a_picture_does_not_begin_to_train(monkeypatch, tmp_path):
+    monkeypatch.setenv("MPLBACKEND", "easel")
+    done = run("train", *tiny.FLAGS, "--text", "text", "--out", "o", cwd=tmp_path)
+    assert done.returncode == 1 and "'easel' is not a valid value" in complaint(done.stderr)
+    assert not Path("o").exists()
+
+
+def test_a_finished_run_keeps_its_time(uninterrupted, capsys):
+    text, record = uninterrupted.parent / "text", uninterrupted / "training.json"
+    before = record.read_bytes()
+    main(capsys, "train", "--resume", uninterrupted / "checkpoint.npz", "--text", text)
+    assert record.read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs sh")
+@pytest.mark.parametrize(("flags", "status"), [([], 0), (["--top-k", "9"], 1)], ids=str)
+def test_a_closed_standard_error_changes_no_exit_status(flags, status, tmp_path):
+    command = ["train", *tiny.FLAGS, *flags, "--text", "text", "--out", "o", "--json"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m moe_numpy "$@" 2>&-', sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert done.returncode == status
+    assert bool(done.stdout) == (status == 0)
 
 
 def test_an_interrupted_collapse_study_ends_at_once_and_says_so(tmp_path):

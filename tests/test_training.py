@@ -1,5 +1,6 @@
 """Training: it learns, it repeats itself to the bit, it stops and goes on as if it had not."""
 
+import itertools
 import math
 import signal
 import threading
@@ -164,6 +165,19 @@ def test_a_stop_before_the_first_step_loses_nothing(tmp_path):
     assert run.step == 0
     loop.train(run, show_progress=False)
     assert tiny.same_run(run, tiny.trained(FULL))
+
+
+def test_the_time_of_all_sessions_adds_up(tmp_path, monkeypatch):
+    path, ticks = tmp_path / "run.npz", itertools.count()
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(ticks))  # one each step
+    run = tiny.run()
+    with pytest.raises(StoppedError):
+        loop.train(run, path, 4, show_progress=False, on_step=stop_at(5))
+    for seconds in (4, 9, 9):  # stopped, resumed, finished and resumed again
+        run = loop.load_run(path, tiny.corpus())
+        assert run.seconds == seconds
+        loop.train(run, path, show_progress=False)
+        assert run.seconds == 9
 
 
 def interrupted(run, path, **kwargs):

@@ -691,6 +691,12 @@ def test_the_loss_keeps_the_type_of_the_parameters_and_refuses_an_odd_smoothing(
             model.loss_forward(token_BT, token_BT, params, cfg, smoothing=smoothing)
 
 
+def test_generation_counts_in_the_whole_numbers_of_numpy_too():
+    cfg = config()
+    new = generation.generate(np.array([0]), draw(0, cfg), cfg, np.int64(2))
+    assert len(list(new)) == 2
+
+
 @pytest.mark.parametrize(
     ("prompt", "tokens", "knobs", "words"),
     [

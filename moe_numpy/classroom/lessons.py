@@ -7,6 +7,7 @@ committed executed, so that it reads well wherever it is only displayed.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,19 @@ def sources(folder: str | Path, names: list[str] | None = None) -> list[Path]:
             known = ", ".join(path.stem for path in found)
             raise ValueError(f"notebooks: there must be a source {name}*.py, got only {known}.")
     return [path for path in found if path.stem.startswith(tuple(names))]
+
+
+def require_libraries() -> None:
+    """See that what builds and runs notebooks is installed.
+
+    Raises     ValueError if not
+    """
+    for library in ("jupytext", "nbformat", "nbclient", "ipykernel"):
+        if not importlib.util.find_spec(library):
+            raise ValueError(
+                f"notebooks: {library} must be installed, got none. "
+                'Install it with: pip install -e ".[notebooks]"'
+            )
 
 
 def build(source: str | Path) -> Any:

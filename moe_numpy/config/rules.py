@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -35,7 +35,7 @@ def one_of(who: str, name: str, came: Any, allowed: tuple) -> None:
 
 def whole_number(who: str, name: str, came: Any, least: int) -> None:
     """Refuse what is not a whole number of at least `least`."""
-    fine = isinstance(came, int) and not isinstance(came, bool) and came >= least
+    fine = isinstance(came, Integral) and not isinstance(came, bool) and came >= least
     require(fine, who, f"{name} must be a whole number of at least {least}", repr(came), "")
 
 

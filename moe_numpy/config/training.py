@@ -79,6 +79,8 @@ class TrainingConfig:
         who = "TrainingConfig"
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
             rules.whole_number(who, name, getattr(self, name), least)
+        rule = "warmup must be below 2**63"  # floats end far above: `rate_at` divides by it
+        rules.require(self.warmup < 2**63, who, rule, self.warmup, "Use 100.")
         rules.positive(who, "rate", self.rate, "Use 1e-3.")
         rules.whole_number(who, "shards", self.shards, 1)
         rule = f"batch must be a multiple of shards ({self.shards})"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -147,7 +148,8 @@ def training_figure(record: dict[str, Any]) -> Figure:
     _show_next_reference(ax, record["references"])
     draw_references(ax, record["references"])
     ax.set(xlabel="training step", ylabel="loss (nats per character)")
-    ax.set_title(f"Training on {record['corpus']['name']}")
+    name = record["corpus"]["name"].encode("utf-8", "replace").decode()  # a file's, of any bytes
+    ax.set_title(f"Training on {name}", parse_math=False)
     ax.legend(fontsize=8)
     for layer in range(layers):
         plot_river(
@@ -225,17 +227,23 @@ def draw(record: dict[str, Any], source: Path) -> Figure:
 
     Raises     ValueError if `source`, where the record came from, is of no known study
     """
+    require_study(record, source)
+    return DRAWN_BY[record["study"]](record)
+
+
+def require_study(record: Any, source: Path) -> None:
+    """Refuse what is not the record of a known study."""
     study = record.get("study") if isinstance(record, dict) else None
     if study not in DRAWN_BY:
         raise ValueError(
             f"figures: {source} must be the record of a study ({', '.join(DRAWN_BY)}), got "
             f"{study!r}. Move it away or make it anew."
         )
-    return DRAWN_BY[study](record)
 
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, atomically and without a trace of the machine or the day."""
+    FigureCanvasAgg(figure)  # which draws PNG, whatever MPLBACKEND says
     files.write_atomically(
         path, lambda file: figure.savefig(file, format="png", metadata={"Software": None})
     )

@@ -63,7 +63,7 @@ def provenance(corpus: data.Corpus) -> dict[str, Any]:
     }
 
 
-def training_record(run: loop.Run, references: dict[str, float], seconds: float) -> dict[str, Any]:
+def training_record(run: loop.Run, references: dict[str, float]) -> dict[str, Any]:
     """Describe a finished run: settings, losses beside the n-gram references, and its series."""
     return {
         "study": "training",
@@ -72,7 +72,7 @@ def training_record(run: loop.Run, references: dict[str, float], seconds: float)
         **provenance(run.corpus),
         "references": references,
         "steps": run.step,
-        "seconds": round(seconds, 1),
+        "seconds": round(run.seconds, 1),
         "validation_loss": run.evaluations[-1]["loss"],
         "evaluations": run.evaluations,
         "series": series(run),

@@ -66,9 +66,10 @@ def load_checkpoint(
 @contextlib.contextmanager
 def whole(who: str, path: str | Path) -> Iterator[None]:
     """Refuse a checkpoint in which the block misses something, or finds something else."""
+    strange = (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError)
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError) as error:
+    except strange as error:
         raise ValueError(
             f"{who}: {path} must hold all that `train` wrote, got one that lacks something "
             f"({error!r}). Use an older copy, or train anew."

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import reprlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,7 +60,7 @@ class Evaluation(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """A training run in progress; `step` counts the steps that are done."""
+    """A training run in progress: `step` counts the steps that are done, `seconds` their time."""
 
     cfg: ModelConfig
     training: TrainingConfig
@@ -71,6 +73,7 @@ class Run:
     step: int = 0
     evaluations: list[dict] = dataclasses.field(default_factory=list)
     settings: dict = dataclasses.field(default_factory=dict)  # of the caller, kept with the run
+    seconds: float = 0.0
 
 
 def new_run(
@@ -152,6 +155,7 @@ def train(
     if processes > 1:
         team.require_possible(run.training.shards, processes)
     every = evaluate_every or max(1, run.training.steps // 4)
+    started = time.perf_counter() - run.seconds
     if path is not None and run.step == 0:
         save_run(path, run)
     steps_bar = progress.bar(run.training.steps, "train", "step", run.step, show_progress)
@@ -170,6 +174,7 @@ def train(
             done = run.step == run.training.steps
             if done or run.step % every == 0:
                 _evaluate_now(run)
+            run.seconds = time.perf_counter() - started
             if path is not None and (done or run.step % save_every == 0):
                 _save_finite(path, run)
             bar.set_postfix_str(_postfix(run), refresh=False)
@@ -229,6 +234,7 @@ def save_run(path: str | Path, run: Run) -> None:
         "alphabet": run.corpus.alphabet,
         "dtype": str(run.params.token_VC.dtype),
         "step": run.step,
+        "seconds": run.seconds,
         "evaluations": run.evaluations,
         "settings": run.settings,
         "data_rng": run.data_rng.bit_generator.state,
@@ -269,12 +275,20 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
         run.step, run.evaluations, run.settings = (
             meta[name] for name in ("step", "evaluations", "settings")
         )
+        run.seconds = meta.get("seconds", 0.0)  # of which older checkpoints do not know
+        rules.not_negative("load_run", "seconds", run.seconds)
         rules.whole_number("load_run", "step", run.step, 0)
         rule, most = "step must be at most that of the last", training.steps
         rules.require(run.step <= most, "load_run", f"{rule} ({most})", run.step, "")
         for name, like in _empty_series(cfg, training.steps)._asdict().items():
-            came, rule = getattr(run.series, name).shape, f"{name} must have the shape {like.shape}"
-            rules.require(came == like.shape, "load_run", rule, came, "Use an older copy.")
+            came = getattr(run.series, name)
+            fine = (came.dtype, came.shape) == (like.dtype, like.shape)
+            rule, found = f"{name} must be {like.dtype} {like.shape}", f"{came.dtype} {came.shape}"
+            rules.require(fine, "load_run", rule, found, "Use an older copy.")
+        fine = isinstance(run.evaluations, list) and all(map(_is_evaluation, run.evaluations))
+        fine = fine and (run.step < most or run.evaluations != [])
+        rule, came = "evaluations must be a list, with that of the end", run.evaluations
+        rules.require(fine, "load_run", rule, reprlib.repr(came), "Use an older copy.")
     return run
 
 
@@ -392,6 +406,11 @@ def _evaluate_now(run: Run) -> None:
             "decisiveness": found.decisiveness.tolist(),
         }
     )
+
+
+def _is_evaluation(found: Any) -> bool:
+    whole = isinstance(found, dict) and {"step", *Evaluation._fields} <= found.keys()
+    return whole and isinstance(found["step"], int) and isinstance(found["loss"], float)
 
 
 def _save_finite(path: str | Path, run: Run) -> None:
