@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_numpy import files, presets
@@ -137,12 +138,14 @@ def test_the_speed_table_is_that_of_the_record():
     dense, fused = (side["ratio"] for side in steps["dense"])
     assert 0.95 < dense["median"] < 1.1 and fused["high"] < 1
     loop, in_order, batched, fused_1, fused_2 = (side["ratio"] for side in steps["MoE"])
-    assert min(loop["low"], batched["low"]) > 1 and in_order["low"] < 1 < in_order["median"]
-    assert all(0.95 < ratio["median"] < 1.05 for ratio in (fused_1, fused_2))
+    assert loop["low"] > 1
+    assert all(r["low"] < 1 < r["high"] for r in (in_order, batched, fused_1, fused_2))
     assert all(side["ratio"]["low"] > 1 for side in steps["Mixtral"])
     assert 1.05 < steps["Mixtral"][1]["ratio"]["median"] < 1.2
     rows = [row for row in found["rows"] if row["row"] == "step"]
     assert {row["processes"] for row in rows} == {found["threads"]} == {2}
+    effective = [row["effective_experts"] for row in rows if row["name"] != "dense"]
+    assert 7 < np.min(effective) <= np.max(effective) <= 8
 
 
 def test_where_a_layer_is_faster_is_told_as_the_record_has_it():
@@ -174,7 +177,8 @@ def test_the_steps_that_count_are_those_that_the_text_names():
     }
     lows = {row["name"]: bench_report.gain(row, "memory")["low"] for row in rows}
     assert [name for name, low in lows.items() if low > 1] == ["dense"]
-    assert all(bench_report.gain(row, "processes")["low"] < 1 for row in rows)
+    lows = {row["name"]: bench_report.gain(row, "processes")["low"] for row in rows}
+    assert [name for name, low in lows.items() if low > 1] == ["MoE", "Mixtral"]
     assert (layer["name"][:5], text["name"]) == ("layer", "generation")
     lows = {step: bench_report.gain(layer, step)["low"] for step in layer["steps"]}
     assert {step for step, low in lows.items() if low > 1.1} == {
