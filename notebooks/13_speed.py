@@ -97,8 +97,9 @@ for row in races["rows"]:
         )
 
 # %% [markdown]
-# So even if everything else cost nothing, a step could not become twice as fast. All that follows
-# is about keeping "everything else" small, and about giving the library products that it likes.
+# So if everything else cost nothing, a step would be about one and a half to two times as fast, and
+# no faster. All that follows is about keeping "everything else" small, and about giving the library
+# products that it likes.
 #
 # ## 3. Numbers of half the size
 #
