@@ -12,7 +12,7 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of malloc.h
@@ -21,6 +21,12 @@ WORTH_A_THREAD = 32_768  # numbers
 
 # Where the libraries of matrix products read how many threads they may start.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+# Where a library is told to take other kernels than those it would choose for this processor.
+KERNEL_VARIABLES = (
+    *("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NPY_DISABLE_CPU_FEATURES"),
+    *("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"),
+)
 
 _pool: contextvars.ContextVar[tuple[concurrent.futures.Executor, int] | None]
 _pool = contextvars.ContextVar("threads of share_out, and how many", default=None)
@@ -122,6 +128,25 @@ def for_each(work: Callable[[int], Any], count: int, size: int) -> None:
             work(i)
 
     share_out([functools.partial(some, first) for first in range(jobs)])
+
+
+@contextlib.contextmanager
+def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """Change variables for the child processes that start within the block; None takes one out."""
+    before = {name: os.environ.get(name) for name in changes}
+    _set(changes)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def cores() -> int:

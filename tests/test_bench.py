@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import threading
@@ -746,10 +747,29 @@ def test_the_record_has_every_row_with_its_fields(record):
 
 
 def test_the_record_tells_the_machine_and_no_path_of_it(record):
-    assert record["machine"].keys() == {"cpu", "cores", "blas", "versions"}
+    facts = {"cpu", "cores", "blas", "kernels", "ignored", "versions"}
+    assert record["machine"].keys() == facts
     assert record["machine"]["versions"]["numpy"] == np.__version__
     text = json.dumps(record)
     assert "/home" not in text and "/tmp" not in text and sys.prefix not in text
+
+
+def test_workers_see_no_orders_for_kernels_unless_their_times_do_not_count(monkeypatch):
+    name, *others = machine.KERNEL_VARIABLES
+    for other in others:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "Haswell")
+    seen, told = [], []
+
+    def measure(plan, report):
+        yield {"name": "x", "sides": [], "seen": seen.append(os.environ.get(name))}
+
+    monkeypatch.setattr(bench, "MEASURES", {"x": measure})
+    full = bench.run(PLAN._replace(quick=False), (), told.append)
+    quick = bench.run(PLAN, (), told.append)
+    assert seen == [None, "Haswell"] and os.environ[name] == "Haswell"
+    assert full["machine"]["ignored"] == {name: "Haswell"} and not quick["machine"]["ignored"]
+    assert told == [f"each library chooses its own kernels: without {name}"]
 
 
 def test_the_record_can_be_drawn_and_read(record):

@@ -332,12 +332,19 @@ def test_an_expert_without_tokens_gets_zero_gradient():
         (0, 3, 3, 3, 5, 9),
         (0, 0, 0, 0, 0, 0),
         (0, 1, 1, 2, 2 + experts.FEW, 3 + 2 * experts.FEW),
-        (0, 1, 1 + experts.HANDFUL, 2 + 2 * experts.HANDFUL, 22 + 2 * experts.HANDFUL, 50),
+        (0, 1, 11, 13, 45, 57),
     ],
 )
 @pytest.mark.parametrize(("C", "F"), [(6, 3), (4, 8), (3, 5)])  # narrow, wide, not to be cut
-def test_expert_linear_is_a_product_and_a_bias_for_every_row(offsets, few, C, F, monkeypatch):
+@pytest.mark.parametrize("small", [experts.SMALL, 60])  # whole matrices, parts of them
+def test_expert_linear_is_a_product_and_a_bias_for_every_row(
+    offsets, few, C, F, small, monkeypatch
+):
     monkeypatch.setattr(experts, "few_launches", lambda: few)
+    monkeypatch.setattr(experts, "SMALL", small)
+    if small == 60:
+        monkeypatch.setattr(experts, "WIDE", 2)
+        monkeypatch.setattr(experts, "NARROW", 2)
     rng, R = np.random.default_rng(0), offsets[-1]
     owner = [e for e in range(E) for _ in range(offsets[e], offsets[e + 1])]
     x_RC, w_EFC, b_EF, dy_RF = (

@@ -33,12 +33,12 @@ def test_cores_are_those_that_the_process_may_use_or_all_where_nobody_tells(monk
     assert machine.cores() == 64
 
 
-def test_every_library_of_products_gets_one_thread_and_then_what_it_had(monkeypatch):
+def test_what_is_changed_for_children_is_then_what_it_was(monkeypatch):
     first, *others = machine.THREAD_VARIABLES
     monkeypatch.setenv(first, "7")
     for name in others:
         monkeypatch.delenv(name, raising=False)
-    with pool._one_thread_each():
+    with machine.environment(dict.fromkeys(machine.THREAD_VARIABLES, "1")):
         assert [os.environ.get(name) for name in machine.THREAD_VARIABLES] == ["1"] * 3
     assert [os.environ.get(name) for name in machine.THREAD_VARIABLES] == ["7", None, None]
 

@@ -211,7 +211,8 @@ def machine_line(record: dict[str, Any]) -> str:
     found = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     threads = f"threads: {record['threads']}, cores: {found['cores']}"
-    return f"{found['cpu']}; {threads}; {found['blas']}; {versions}"
+    kernels = f", kernels for {found['kernels']}" if found.get("kernels") else ""
+    return f"{found['cpu']}; {threads}; {found['blas']}{kernels}; {versions}"
 
 
 def _title(row: dict[str, Any]) -> str:

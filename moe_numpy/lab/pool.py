@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import multiprocessing
-import os
 import signal
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -40,7 +38,7 @@ def run_all(
     steps_done, stop = context.Value("l", 0), context.Event()
     workers = workers_for(processes, len(jobs))
     with (
-        _one_thread_each(),
+        machine.environment(dict.fromkeys(machine.THREAD_VARIABLES, "1")),
         concurrent.futures.ProcessPoolExecutor(
             workers, context, _share, (steps_done, stop)
         ) as pool,
@@ -105,18 +103,3 @@ def count_step(_run: loop.Run) -> None:
             _steps_done.value += 1
         if _stop.is_set():
             raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Let child processes that start inside the block run their matrix products on one thread."""
-    before = {name: os.environ.get(name) for name in machine.THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(machine.THREAD_VARIABLES, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -19,11 +19,11 @@ from moe_numpy.config import MoEConfig
 from moe_numpy.ops import activation
 
 # OpenBLAS multiplies small matrices as they lie. Larger ones it first copies into an order of its
-# own, which costs more than a product of few rows does; parts of them are small again. For a
-# handful of rows `dot` costs less per call, and other threads wait less for Python. With FEW = 0
-# all this is off; what it gains is the step "few" of figures/speed_steps.json.
-HANDFUL, FEW = 9, 32  # rows of an expert
-CUT = 4  # parts of its matrix, at most
+# own, which costs more than a product of few rows does; narrow parts of them are small again. With
+# FEW = 0 there are no parts; what they gain is the step "few" of figures/speed_steps.json.
+FEW = 32  # rows of an expert
+SMALL = 1_000_000  # multiplications
+WIDE, NARROW = 64, 32  # of a part, and of one of a transposed matrix: those must be smaller
 
 
 class ExpertParams(NamedTuple):
@@ -104,16 +104,16 @@ def grouped_linear_forward(
     """
     R, (E, I, O) = x_RI.shape[0], w_EIO.shape
     y_RO = xp.empty((R, O), x_RI.dtype)
-    Q = math.gcd(CUT, O)
-    w_EQIJ = w_EIO.reshape(E, I, Q, O // Q).swapaxes(1, 2)
-    y_QRJ = y_RO.reshape(R, Q, O // Q).swapaxes(0, 1)
+    J = _part(WIDE, O)
+    w_EQIJ = w_EIO.reshape(E, I, O // J, J).swapaxes(1, 2)
+    y_QRJ = y_RO.reshape(R, O // J, J).swapaxes(0, 1)
 
     def multiply(e: int) -> None:
         start, end = offsets[e], offsets[e + 1]
         x, count = x_RI[start:end], end - start
         if count > FEW:
             xp.matmul(x, w_EIO[e], out=y_RO[start:end])
-        elif count > HANDFUL and I < O:
+        elif count * I * O > SMALL:
             xp.matmul(x, w_EQIJ[e], out=y_QRJ[:, start:end])
         elif count:
             xp.dot(x, w_EIO[e], out=y_RO[start:end])
@@ -133,26 +133,26 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
     x_RI, w_EIO, offsets = cache
     R, (E, I, O) = x_RI.shape[0], w_EIO.shape
     dx_RI, dw_EIO = xp.empty((R, I), x_RI.dtype), xp.empty((E, I, O), x_RI.dtype)
-    Q = math.gcd(CUT, I)
-    w_EQJO, dw_EQJO = (a.reshape(E, Q, I // Q, O) for a in (w_EIO, dw_EIO))
-    w_EQOJ, dx_QRJ = w_EQJO.swapaxes(2, 3), dx_RI.reshape(R, Q, I // Q).swapaxes(0, 1)
+    J, S = _part(NARROW, I), _part(WIDE, I)
+    w_EQOJ = w_EIO.reshape(E, I // J, J, O).swapaxes(2, 3)
+    dx_QRJ = dx_RI.reshape(R, I // J, J).swapaxes(0, 1)
+    dw_EQSO = dw_EIO.reshape(E, I // S, S, O)
 
     def undo(e: int) -> None:
         start, end = offsets[e], offsets[e + 1]
         x, dy, count = x_RI[start:end], dy_RO[start:end], end - start
         if count > FEW:
             xp.matmul(dy, w_EIO[e].T, out=dx_RI[start:end])
+        elif count * I > FEW * NARROW:
+            xp.matmul(dy, w_EQOJ[e], out=dx_QRJ[:, start:end])
+        elif count:
+            xp.dot(dy, w_EIO[e].T, out=dx_RI[start:end])
+        if count == 1:  # a product over a lone row is slow
+            x, dy = _with_company(x), _with_company(dy)
+        if count > FEW or 0 < count * I * O <= SMALL:
             xp.matmul(x.T, dy, out=dw_EIO[e])
         elif count:
-            if I >= O:
-                dx_RI[start:end] = xp.dot(w_EIO[e], dy.T).T  # the faster order for few rows
-            elif count > HANDFUL:
-                xp.matmul(dy, w_EQOJ[e], out=dx_QRJ[:, start:end])
-            else:
-                xp.dot(dy, w_EIO[e].T, out=dx_RI[start:end])
-            if count == 1:  # a product over a lone row is slow
-                x, dy = _with_company(x), _with_company(dy)
-            xp.matmul(x.T.reshape(Q, I // Q, len(x)), dy, out=dw_EQJO[e])
+            xp.matmul(x.T.reshape(I // S, S, len(x)), dy, out=dw_EQSO[e])
         else:
             dw_EIO[e] = 0.0
 
@@ -165,6 +165,11 @@ def _with_company(row: Array) -> Array:
     pair = xp.zeros((2, row.shape[1]), row.dtype)
     pair[0] = row
     return pair
+
+
+def _part(wanted: int, size: int) -> int:
+    """Choose the size of the parts that an axis is cut into; one that cannot be cut stays whole."""
+    return size if size % wanted else wanted
 
 
 def padded_linear_forward(
