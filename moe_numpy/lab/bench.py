@@ -341,13 +341,18 @@ def _split(plan: Plan, moe: MoEConfig, tokens: int) -> tuple[int, int]:
 
 
 def _overhead(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
+    """Race experts with a dense MLP of the same active work.
+
+    The threads split the tokens of the dense one, but share the experts out: each part of the
+    tokens would need gradients of its own for four times as many numbers.
+    """
     report("MoE layer over a dense MLP of the same active work")
     width, hidden, tokens = (32, 64, 64) if plan.quick else (256, 1024, 4096)
     moe = config.to_dict(MoEConfig(num_experts=8, top_k=2, hidden=hidden))
-    spec = {"width": width, "tokens": tokens, "parts": plan.threads, "workers": plan.threads}
+    spec = {"width": width, "tokens": tokens, "workers": plan.threads}
     workers = [
-        ours("mlp", plan, hidden=2 * hidden, **spec)._replace(name="dense"),
-        ours("layer", plan, moe=moe, **spec)._replace(name="8 experts, top-2"),
+        ours("mlp", plan, hidden=2 * hidden, parts=plan.threads, **spec)._replace(name="dense"),
+        ours("layer", plan, moe=moe, parts=1, **spec)._replace(name="8 experts, top-2"),
     ]
     yield {"name": "overhead", **plan.race(workers, same=False)}
 
