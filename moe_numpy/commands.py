@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"moe_numpy {options.command}: error: {error}", file=sys.stderr)
         return 1
-    except MemoryError as error:
+    except (MemoryError, OverflowError) as error:  # sizes that no array, or no number, can have
         advice = "Take smaller sizes."
         print(f"moe_numpy {options.command}: out of memory: {error}. {advice}", file=sys.stderr)
         return 1

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 def make_plan(
     expert_NK: Array,
-    score_NE: Array,
+    rank_NE: Array,
     prob_NE: Array,
     capacity: Capacity | None,
     asked_NK: Array | None = None,
@@ -53,7 +53,7 @@ def make_plan(
     causal. (In a batch, all tokens of one sequence come before those of the next.) The others are
     not causal.
 
-    Shapes     expert_NK (N, K) integers, best first; score_NE (N, E) what they were chosen by;
+    Shapes     expert_NK (N, K) integers, best first; rank_NE (N, E) what they were chosen by;
                prob_NE (N, E) for the priorities "bpr" and "score"; asked_NK (N, K) booleans, None
                for all -> expert_NK (N, K) the experts in use, and the plan; a dropped choice keeps
                its expert, so that its gate is still defined
@@ -72,7 +72,7 @@ def make_plan(
     places = [min(capacity.places(n, K, E), n * K) for n in tokens]  # of each expert in the group
     queue = _queue(expert_NK, prob_NE, capacity.priority)
     if capacity.overflow == "next_best":
-        return _serve_next_best(expert_NK, score_NE, queue, asked_NK, places, size)
+        return _serve_next_best(expert_NK, rank_NE, queue, asked_NK, places, size)
     accepted_NK = _serve_or_drop(expert_NK, queue, asked_NK, places, size, E)
     return expert_NK, _plan(expert_NK, accepted_NK, E)
 
@@ -117,7 +117,7 @@ def _serve_or_drop(
 
 def _serve_next_best(
     expert_NK: Array,
-    score_NE: Array,
+    rank_NE: Array,
     queue: Array,
     asked_NK: Array,
     places: list[int],
@@ -128,9 +128,9 @@ def _serve_next_best(
     The walk is plain Python over host integers, which cross in one piece. It starts with the expert
     that was chosen, then follows the token's ranking of the experts, down to minus infinity.
     """
-    (N, K), E = expert_NK.shape, score_NE.shape[1]
-    ranking_NE = xp.argsort(-score_NE, axis=1, kind="stable")
-    allowed_NE = xp.take_along_axis(score_NE, ranking_NE, 1) > -xp.inf
+    (N, K), E = expert_NK.shape, rank_NE.shape[1]
+    ranking_NE = xp.argsort(-rank_NE, axis=1, kind="stable")
+    allowed_NE = xp.take_along_axis(rank_NE, ranking_NE, 1) > -xp.inf
     ranking_NE = xp.where(allowed_NE, ranking_NE, E)  # expert E never has room
     columns = (expert_NK, queue.reshape(N, K), asked_NK, ranking_NE)
     table = to_host(xp.concatenate(columns, axis=1))
