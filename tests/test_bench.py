@@ -795,11 +795,17 @@ def test_rivals_are_drawn_beside_ours(record):
     for row in found["rows"]:
         row["sides"].append(row["sides"][0] | {"name": "rival", "ratio": ratio})
     left = plots.draw(found, "speed.json").axes[0]
-    assert len(left.get_yticks()) == 4 and "rival" in left.get_yticklabels()[0].get_text()
+    assert len(left.get_yticks()) == 5 and "rival" in left.get_yticklabels()[0].get_text()
     assert "1.40 (1.10 to 1.60)" in bench_report.table(found)
     lines = bench_report.summary(found).splitlines()
-    assert len(lines) == 2 + 4 and lines[-1].startswith("| generation, Mixtral, 1 thread: rival |")
+    assert len(lines) == 2 + 5 and lines[-1].startswith("| generation, Mixtral, 1 thread: rival |")
     assert all("| 1.40 (1.10 to 1.60) |" in line for line in lines[2:])
+    other = found | {"rows": found["rows"][2:], "machine": {"cpu": "Acme(R) One Processor"}}
+    lines = bench_report.summary(found, other).splitlines()
+    assert lines[0].endswith(" | ratio, Acme One |")
+    assert [line.endswith("| not measured |") for line in lines[2:]] == [True] * 2 + [False] * 3
+    layers = bench_report.layer_summary(found, other).splitlines()
+    assert len(layers) == 4 and all(line.count("1.40 (1.10 to 1.60)") == 2 for line in layers[2:])
 
 
 def test_a_record_without_peaks_can_be_drawn_read_and_judged(record):

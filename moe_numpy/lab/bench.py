@@ -23,7 +23,7 @@ import numpy as np
 
 from moe_numpy import config, machine
 from moe_numpy.config import ModelConfig, MoEConfig
-from moe_numpy.lab import bench_report, bench_work, race
+from moe_numpy.lab import bench_products, bench_report, bench_work, race
 from moe_numpy.lab.race import Worker
 
 OURS = "moe_numpy"
@@ -223,6 +223,16 @@ def theirs(name: str, worker: Worker, **spec: Any) -> Worker:
     return Worker(name, (sys.executable, str(TORCH_WORKER)), worker.spec | spec)
 
 
+def _large_product(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
+    """Race the libraries of matrix products themselves: no program is faster than its own."""
+    report("one large matrix product")
+    size = 64 if plan.quick else bench_products.PROBE
+    workers = [ours("product", plan, size=size)]
+    if plan.torch:
+        workers.append(theirs("PyTorch", workers[0]))
+    yield {"name": f"{size} x {size} matrices", **plan.race(workers)}
+
+
 def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     for name, cfg in models(plan.quick).items():
         report(f"training step, {name}")
@@ -406,6 +416,7 @@ def _cpu() -> str:
 
 
 MEASURES = {
+    "product": _large_product,
     "step": _steps,
     "steps": _ablations,
     "layer": _layers,

@@ -18,8 +18,12 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
     """Draw the time of every rival over ours, with the spread of the rounds; the line is at one."""
     names, found = [], []
     for row in record["rows"]:
-        if row["row"] in ("step", "generation"):
-            what = row["name"] if row["row"] == "step" else f"generation, {row['name']}, one thread"
+        what = {
+            "product": row["name"],
+            "step": f"step, {row['name']}",
+            "generation": f"generation, {row['name']}, one thread",
+        }.get(row["row"])
+        if what:
             for side in row["sides"][1:]:
                 names.append(textwrap.fill(f"{what}: {side['name']}", 38))
                 found.append(side["ratio"])
@@ -33,7 +37,7 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
     ax.set(xscale="log", xlabel="rival's time / our time (dot: median of rounds, bar: all rounds)")
     _mark_ratios(ax)
     ax.set_ylim(len(names) - 0.5, -0.7)
-    ax.set_title(f"Against PyTorch, a training step on {record['threads']} threads and generation")
+    ax.set_title(f"Against PyTorch, {record['threads']} threads: a product, steps, and generation")
     return ax
 
 

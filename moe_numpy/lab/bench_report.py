@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -71,33 +72,62 @@ def gain(row: dict[str, Any], step: str) -> dict[str, float] | None:
     return row["sides"][1 + row["steps"].index(step)]["ratio"]
 
 
-def summary(record: dict[str, Any]) -> str:
-    """Write the ratios to every rival of training and writing as a table in Markdown."""
-    lines = ["| | rival (ms) | ours (ms) | ratio | rounds |", "|---|---|---|---|---|"]
+def summary(record: dict[str, Any], *others: dict[str, Any]) -> str:
+    """Write the ratios to every rival of training and writing as a table in Markdown.
+
+    Further records, of other machines, add a column of ratios each.
+    """
+    lines = _head("", record, others)
     for row in record["rows"]:
-        if row["row"] in ("step", "generation"):
+        if row["row"] in ("product", "step", "generation"):
             threads = row.get("threads", record["threads"])
             title = f"{_title(row)}, {threads} thread{'s' * (threads > 1)}"
             for side in row["sides"][1:]:
-                times = f"{side['milliseconds']['median']:.4g} | {_first(row):.4g}"
-                ratio = _spread(side["ratio"])
-                lines.append(f"| {title}: {side['name']} | {times} | {ratio} | {row['rounds']} |")
+                times = [f"{side['milliseconds']['median']:.4g}", f"{_first(row):.4g}"]
+                cells = [f"{title}: {side['name']}", *times, _spread(side["ratio"])]
+                found = [_ratios(_same(row, other)).get(side["name"]) for other in others]
+                cells += ["not measured" if ratio is None else _spread(ratio) for ratio in found]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def layer_summary(record: dict[str, Any]) -> str:
-    """Write what a layer costs beside its fastest rival as a table in Markdown."""
-    lines = ["| top-2 layer | fastest rival (ms) | ours (ms) | ratio | rounds |"]
-    lines.append("|---|---|---|---|---|")
+def layer_summary(record: dict[str, Any], *others: dict[str, Any]) -> str:
+    """Write what a layer costs beside its fastest rival as a table in Markdown.
+
+    Further records, of other machines, add a column each, with the ratio to the fastest there.
+    """
+    lines = _head("top-2 layer", record, others)
     for row in _rows(record, "layer"):
         if row["top_k"] == 2:
-            title = (
-                f"{row['experts']:,} experts of hidden {row['hidden']}, {row['tokens']:,} tokens"
-            )
-            side = min(row["sides"][1:], key=lambda side: side["ratio"]["median"])
-            times = f"{side['milliseconds']['median']:.4g} ({side['name']}) | {_first(row):.4g}"
-            lines.append(f"| {title} | {times} | {_spread(side['ratio'])} | {row['rounds']} |")
+            hidden, tokens = row["hidden"], row["tokens"]
+            title = f"{row['experts']:,} experts of hidden {hidden}, {tokens:,} tokens"
+            side = _fastest(row)
+            time = f"{side['milliseconds']['median']:.4g} ({side['name']})"
+            cells = [title, time, f"{_first(row):.4g}", _spread(side["ratio"])]
+            cells += [_spread(_fastest(_same(row, other))["ratio"]) for other in others]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _head(title: str, record: dict[str, Any], others: tuple) -> list[str]:
+    ratios = [f"ratio, {_processor(found)}" for found in (record, *others)]
+    cells = [title, "rival (ms)", "ours (ms)", *(ratios if others else ["ratio"])]
+    return [f"| {' | '.join(cells)} |".replace("|  |", "| |"), "|" + "---|" * len(cells)]
+
+
+def _processor(record: dict[str, Any]) -> str:
+    """Name the processor, without the marks and words that all names have."""
+    return re.sub(r"\(R\)|\(TM\)|Processor|CPU|@.*", "", record["machine"]["cpu"]).strip()
+
+
+def _same(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Find the row of another record that measures the same; one without sides if none does."""
+    return next((found for found in other["rows"] if _title(found) == _title(row)), {"sides": []})
+
+
+def _fastest(row: dict[str, Any]) -> dict[str, Any]:
+    """Choose the rival with the smallest ratio."""
+    return min(row["sides"][1:], key=lambda side: side["ratio"]["median"])
 
 
 def verdict_line(verdict: Verdict) -> str:

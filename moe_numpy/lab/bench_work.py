@@ -1,4 +1,4 @@
-"""What the benchmark runs on our side: a training step, a layer, generation.
+"""What the benchmark runs on our side: a training step, a layer, generation, one product.
 
 With two threads a batch is split into two shards, each in a process of its own where processes can
 share memory, as `loop.train` does it. The tokens of a layer are split for two threads with matrix
@@ -34,7 +34,8 @@ _until_the_end = contextlib.ExitStack()  # keeps the threads of this process's w
 
 def build(spec: dict[str, Any]) -> Work:
     """Build the work that a specification names."""
-    return {"step": _step, "layer": _layer, "mlp": _mlp, "generate": _generate}[spec["work"]](spec)
+    works = {"product": _product, "step": _step, "layer": _layer, "mlp": _mlp}
+    return (works | {"generate": _generate})[spec["work"]](spec)
 
 
 def text(vocab_size: int, length: int = 100_000) -> data.Corpus:
@@ -58,6 +59,18 @@ def _settle(threads: int) -> None:
     """Do once what `loop.train` does at its start: keep memory, and start threads."""
     machine.keep_memory()
     _until_the_end.enter_context(machine.workers(threads if threads > 1 else 0))
+
+
+def _product(spec: dict[str, Any]) -> Work:
+    """Multiply two matrices, on as many threads as the library has."""
+    a, b = np.random.default_rng(0).random((2, spec["size"], spec["size"]), np.float32)
+    return Work(
+        give=lambda: {"a": a, "b": b},
+        take=lambda given: None,
+        values=lambda: {"product": a @ b},
+        once=lambda: a @ b,
+        facts={},
+    )
 
 
 def _step(spec: dict[str, Any]) -> Work:

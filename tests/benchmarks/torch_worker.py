@@ -11,7 +11,21 @@ from moe_numpy.lab.bench_process import Work, sketch
 def build(spec):
     """Build the work that a specification names, by `variant` in one of several ways."""
     torch.set_num_threads(spec["threads"])
-    return {"step": step_work, "layer": layer_work, "generate": generate_work}[spec["work"]](spec)
+    works = {"product": product_work, "step": step_work, "layer": layer_work}
+    return (works | {"generate": generate_work})[spec["work"]](spec)
+
+
+def product_work(spec):
+    """Multiply two matrices."""
+    pair = []
+
+    def take(given):
+        pair[:] = (torch.as_tensor(given[name]) for name in ("a", "b"))
+
+    def once():
+        return pair[0] @ pair[1]
+
+    return Work(None, take, lambda: {"product": once().numpy()}, once, {})
 
 
 def new_model(spec):
