@@ -104,7 +104,7 @@ STEPS = {
     "gather": "gather on the way back, not np.add.at",
     "slices": "slices of sorted rows, not padded batches",
     "experts": "threads share experts out, not each product",
-    "few": "few rows: products of parts, in the faster order",
+    "few": "few rows: products of narrow parts",
     "keys": "keys and values kept (and few calls), not computed anew",
     "alone": "a token alone in few calls, not as a batch of one",
     "block": "weights in one block, not each on its own",

@@ -19,7 +19,7 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
     names, found = [], []
     for row in record["rows"]:
         what = {
-            "product": row["name"],
+            "product": f"product, {row['name']}",
             "step": f"step, {row['name']}",
             "generation": f"generation, {row['name']}, one thread",
         }.get(row["row"])
