@@ -32,7 +32,7 @@ from moe_numpy.lab import (
     race,
 )
 from moe_numpy.moe import capacity, experts
-from moe_numpy.training import loop, optimizer
+from moe_numpy.training import loop, optimizer, shards
 from moe_numpy.transformer import decode, generation, model
 from tests.benchmarks import plain
 
@@ -258,10 +258,16 @@ def test_every_matrix_product_of_a_step_is_noted(monkeypatch):
     assert counts == {"dense": 27, "MoE": 72, "Mixtral": 96}
 
 
-def test_the_products_of_two_shards_are_replayed_on_two_threads():
+def test_the_products_of_two_shards_are_replayed_on_two_threads(monkeypatch):
     run = run_of("dense", shards=2)
-    together = threading.Barrier(2)  # so that no thread takes both shards
-    with ThreadPoolExecutor(2, initializer=together.wait) as pool, machine.sharing(pool):
+    together, of_one = threading.Barrier(2, timeout=60), shards.of_one
+
+    def beside_the_other(*arguments):  # so that no thread takes both shards
+        together.wait()
+        return of_one(*arguments)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool, machine.sharing(pool):
+        patch.setattr(shards, "of_one", beside_the_other)
         products = bench_products.products_of_step(run)
         found = bench_products.measure(run, 1)
     alone = bench_products.products_of_step(run_of("dense"))
