@@ -178,6 +178,7 @@ def test_what_is_faster_on_the_second_processor_is_told_as_its_record_has_it(spe
     assert all(r["low"] < 1 < r["high"] for r in (in_order, batched, fused_1, fused_2))
     [written] = ratios(found, "generation").values()
     assert all(ratio["low"] > 1 for ratio in steps["Mixtral"] + written)
+    assert 1.05 < steps["Mixtral"][1]["median"] < 1.2
 
 
 def kinds_of_layers(found):
@@ -191,11 +192,14 @@ def kinds_of_layers(found):
 
 
 def test_where_a_layer_is_faster_is_told_as_the_record_has_it(speed):
-    told = kinds_of_layers(speed[1])
-    slower, alike = [(512, 8)], [(512, 2), (512, 32), (64, 1024)]
-    assert [size for size, kind in told.items() if kind == "slower"] == slower
-    assert [size for size, kind in told.items() if kind == "alike"] == alike
-    assert len(told) == 8
+    told = {"slower": [], "alike": [], "faster": []}
+    for size, kind in kinds_of_layers(speed[1]).items():
+        told[kind].append(size)
+    assert told == {
+        "slower": [(512, 8)],
+        "alike": [(512, 2), (512, 32), (64, 1024)],
+        "faster": [(512, 128), (512, 1024), (64, 8), (64, 64)],
+    }
 
 
 def test_the_steps_that_count_are_those_that_the_text_names():
