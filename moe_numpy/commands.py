@@ -41,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"moe_numpy {options.command}: error: {error}", file=sys.stderr)
         return 1
-    except (MemoryError, OverflowError) as error:  # sizes that no array, or no number, can have
+    except OverflowError as error:
+        advice = "Take smaller numbers."
+        print(f"moe_numpy {options.command}: error: {error}. {advice}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
         advice = "Take smaller sizes."
         print(f"moe_numpy {options.command}: out of memory: {error}. {advice}", file=sys.stderr)
         return 1

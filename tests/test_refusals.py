@@ -218,7 +218,8 @@ def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys):
 
 def test_more_layers_than_a_float_can_count_are_refused_in_one_line(capsys):
     told = complaint(main(capsys, *TRAIN, "--layers", str(10**400), status=1).err)
-    assert told.startswith("moe_numpy train: out of memory: ") and told.endswith("smaller sizes.")
+    assert told.startswith("moe_numpy train: error: int too large")
+    assert told.endswith("Take smaller numbers.")
 
 
 def test_a_capacity_without_end_is_that_of_all_choices(capsys):

@@ -112,7 +112,7 @@ def layer_summary(record: dict[str, Any], *others: dict[str, Any]) -> str:
 def _head(title: str, record: dict[str, Any], others: tuple) -> list[str]:
     ratios = [f"ratio, {_processor(found)}" for found in (record, *others)]
     cells = [title, "rival (ms)", "ours (ms)", *(ratios if others else ["ratio"])]
-    return [f"| {' | '.join(cells)} |".replace("|  |", "| |"), "|" + "---|" * len(cells)]
+    return [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
 
 
 def _processor(record: dict[str, Any]) -> str:

@@ -23,7 +23,8 @@ from moe_numpy.ops import activation
 # FEW = 0 there are no parts; what they gain is the step "few" of figures/speed_steps.json.
 FEW = 32  # rows of an expert
 SMALL = 1_000_000  # multiplications
-WIDE, NARROW = 64, 32  # of a part, and of one of a transposed matrix: those must be smaller
+WIDE, NARROW = 64, 32  # of a part, and of one of a transposed matrix: those must be smaller, and
+# FEW rows times NARROW columns of a result are as many as a product with such a matrix may have
 
 
 class ExpertParams(NamedTuple):
