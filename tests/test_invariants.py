@@ -27,6 +27,7 @@ from moe_numpy.config import (
     ExpertChoice,
     GaussianNoise,
     GroupLimited,
+    Hierarchy,
     MoEConfig,
     SecondExpert,
     Shared,
@@ -43,9 +44,9 @@ def config(**changes):
     return MoEConfig(**{"num_experts": E, "top_k": 2, "hidden": F, **changes})
 
 
-def both_ways(cfg, x_NC, params, noise=None, daux=1.0):
+def both_ways(cfg, x_NC, params, noise=None, daux=1.0, **kind):
     """Run forward and backward: y, aux, dx and the gradients."""
-    y_NC, aux, _, cache = layer.moe_forward(x_NC, params, cfg, noise)
+    y_NC, aux, _, cache = layer.moe_forward(x_NC, params, cfg, noise, **kind)
     dy_NC = np.random.default_rng(8).standard_normal(x_NC.shape)
     dx_NC, grads = layer.moe_backward(dy_NC, daux, cache)
     return y_NC, aux, dx_NC, grads
@@ -164,6 +165,35 @@ def test_rows_and_drops_of_every_system_add_up_and_no_expert_is_overfull(plans):
                 loads = [sum(e == x and n in tokens for x, n in rows_of(plan)) for e in range(E)]
                 assert max(loads) <= places
     assert limited > 30
+
+
+OTHERS = (
+    config(top_k=E, selection=SoftSlots(slots=2)),
+    config(selection=Hierarchy(groups=3, kept=1)),
+    config(balance=(SwitchLoss(),)),
+    *(config(capacity=Capacity(priority=name)) for name in ("token", "choice", "score", "bpr")),
+)
+
+
+@pytest.mark.parametrize("start", range(0, len(RANDOM), 30))
+def test_a_layer_computes_the_same_bits_without_a_report(start):
+    for seed, cfg in enumerate((*RANDOM[start : start + 30], *OTHERS)):
+        x_NC, params, noise = draw(cfg, seed)
+        if isinstance(cfg.selection, SoftSlots | Hierarchy):
+            params = layer.init_moe(np.random.default_rng(seed), cfg, C, "float64")
+        reported, spared = (both_ways(cfg, x_NC, params, noise, reported=r) for r in (True, False))
+        for one, other in zip(tree.leaves(reported), tree.leaves(spared), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert layer.moe_forward(x_NC, params, cfg, noise, reported=False)[2] is None
+
+
+@pytest.mark.parametrize(("reported", "times"), [(True, 1), (False, 0)])
+def test_a_plain_router_scores_all_experts_for_its_report_alone(reported, times, monkeypatch):
+    scored, forward = [], score.score_forward
+    monkeypatch.setattr(score, "score_forward", lambda *to: scored.append(to) or forward(*to))
+    x_NC, params, _ = draw(config(), 0)
+    layer.moe_forward(x_NC, params, config(), None, reported)
+    assert len(scored) == times
 
 
 @pytest.mark.parametrize("overflow", ["drop", "next_best"])

@@ -127,7 +127,7 @@ def _layer(spec: dict[str, Any]) -> Work:
     aux = np.zeros((), "float32")
 
     def part(x: np.ndarray, dy: np.ndarray) -> tuple:
-        y, _, _, cache = layer.moe_forward(x, params, cfg)
+        y, _, _, cache = layer.moe_forward(x, params, cfg, reported=False)  # as PyTorch's sides
         return y, *layer.moe_backward(dy, aux, cache)
 
     return _forward_and_backward(part, x, dy, params, spec)

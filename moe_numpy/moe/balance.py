@@ -189,7 +189,7 @@ def balance_forward(
     clean_NE: Array,
     noisy_NE: Array,
     scale_NE: Array | None,
-    prob_NE: Array,
+    prob_NE: Array | None,
     gate_NK: Array,
     expert_NK: Array,
     wished_NK: Array,
@@ -211,7 +211,7 @@ def balance_forward(
     Source     the terms above; clean probabilities: Riquelme et al. 2021, V-MoE, appendix A
     """
     E = cfg.num_experts
-    aux = xp.zeros((), prob_NE.dtype)
+    aux = xp.zeros((), clean_NE.dtype)
     caches = []
     for term in cfg.balance:
         if isinstance(term, SwitchLoss):
@@ -236,7 +236,7 @@ def balance_forward(
             value, cache = cv_squared_forward(count_E)[0], None
         aux = aux + term.weight * value
         caches.append(cache)
-    return aux, (cfg, prob_NE.shape, caches)
+    return aux, (cfg, clean_NE.shape, caches)
 
 
 def balance_backward(daux: Array, cache: Cache) -> tuple[Array | None, ...]:

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 def make_plan(
     expert_NK: Array,
     rank_NE: Array,
-    prob_NE: Array,
+    prob_NE: Array | None,
     capacity: Capacity | None,
     asked_NK: Array | None = None,
 ) -> tuple[Array, Plan]:
@@ -62,7 +62,7 @@ def make_plan(
                et al. 2022, appendix B (next best expert)
     """
     N, K = expert_NK.shape
-    E = prob_NE.shape[1]
+    E = rank_NE.shape[1]
     if capacity is None:
         return expert_NK, _plan(expert_NK, asked_NK, E)
     if asked_NK is None:

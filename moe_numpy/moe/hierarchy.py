@@ -34,8 +34,12 @@ def init_hierarchy(rng: Generator, cfg: MoEConfig, width: int, dtype: str) -> Hi
 
 
 def hierarchical_route_forward(
-    x_NC: Array, params: HierarchyParams, cfg: MoEConfig, noise: Array | None = None
-) -> tuple[Array, Array, capacity.Plan, report.MoEReport, Cache]:
+    x_NC: Array,
+    params: HierarchyParams,
+    cfg: MoEConfig,
+    noise: Array | None = None,
+    reported: bool = True,
+) -> tuple[Array, Array, capacity.Plan, report.MoEReport | None, Cache]:
     """Decide in two steps which experts see which tokens, and with which weight.
 
         both routers' logits -> groups, then experts in them -> places -> gates;  balance terms
@@ -44,7 +48,8 @@ def hierarchical_route_forward(
     the places, and it is what the balance losses and the report look at.
 
     Shapes     x_NC (N, C); noise (N, E + G), the experts' columns before the groups', or (N, C)
-               for jitter -> gate_NK (N, K), best group first; aux (); plan; report
+               for jitter -> gate_NK (N, K), best group first; aux (); plan; report,
+               None if not `reported`
     Cache      (cfg, both router caches, log-softmax, gate and balance caches)
     Source     Shazeer et al. 2017, appendix B; differs: one matrix holds the secondary routers of
                all groups, and every token passes through it
@@ -63,7 +68,7 @@ def hierarchical_route_forward(
     aux, balance_cache = hierarchy_balance.hierarchical_balance_forward(
         primary, secondary, log_NE, gate_NK, expert_NK, wished_NK, cfg
     )  # 5. balance
-    facts = report.make_report(log_NE, prob_NE, wished_NK, plan)
+    facts = report.make_report(log_NE, prob_NE, wished_NK, plan) if reported else None
     cache = (cfg, cache_1, cache_2, log_cache, gate_cache, balance_cache)
     return gate_NK * cfg.gate_scale, aux, plan, facts, cache  # 6. scale
 

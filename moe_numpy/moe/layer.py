@@ -42,8 +42,12 @@ def init_moe(rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int 
 
 
 def moe_forward(
-    x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None = None
-) -> tuple[Array, Array, report.MoEReport, Cache]:
+    x_NC: Array,
+    params: MoEParams,
+    cfg: MoEConfig,
+    noise: Array | None = None,
+    reported: bool = True,
+) -> tuple[Array, Array, report.MoEReport | None, Cache]:
     """Send every token through its k experts.
 
         y[n] = sum_k gate[n, k] * MLP_{expert[n, k]}(x[n])  +  shared(x[n])
@@ -56,19 +60,22 @@ def moe_forward(
     lifts them. A token whose choices were all dropped gets zero: in the transformer its residual
     goes on alone. No tokens at all are fine.
 
+    ``reported=False`` spares the report: for it alone a plain router of many experts takes the
+    softmax of all their logits, where the gates are one of the chosen alone.
+
     Shapes     x_NC (N, C); noise as `router.draw_noise` draws it
-               -> y_NC (N, C); aux (), the weighted balance terms; report
+               -> y_NC (N, C); aux (), the weighted balance terms; report, None if not `reported`
     Cache      the caches of the parts; the experts' hidden rows are the largest
     Raises     ValueError if parameters, configuration, tokens and noise do not fit together
     Source     Shazeer et al. 2017, section 2; Fedus et al. 2022, section 2
     """
     fit.check(x_NC, params, cfg, noise)
     if isinstance(cfg.selection, SoftSlots):
-        y_NC, aux, facts, cache = _mix_all(x_NC, params, cfg)
+        y_NC, aux, facts, cache = _mix_all(x_NC, params, cfg, reported)
     else:
         route_forward, _ = _route(cfg)
         gate_NK, aux, plan, facts, route_cache = route_forward(
-            x_NC, params.router, cfg, noise
+            x_NC, params.router, cfg, noise, reported
         )  # 1. logits, choice, places, gates
         if cfg.gate_on == "input":  # 2. to the experts
             x_RC, dispatch_cache = dispatch.gated_dispatch_forward(x_NC, gate_NK, plan)
@@ -121,12 +128,12 @@ def _route(cfg: MoEConfig) -> tuple:
     return routing.route_forward, routing.route_backward
 
 
-def _mix_all(x_NC: Array, params: MoEParams, cfg: MoEConfig) -> tuple:
+def _mix_all(x_NC: Array, params: MoEParams, cfg: MoEConfig, reported: bool) -> tuple:
     """Run the experts on their soft slots: means of all tokens in, means of all slots out."""
     x_RC, combine_NR, slots_cache = soft.soft_slots_forward(x_NC, params.router)
     offsets = tuple(range(0, x_RC.shape[0] + 1, cfg.selection.slots))
     y_RC, experts_cache = experts.experts_forward(x_RC, params.experts, cfg, offsets)
-    facts = soft.soft_report(combine_NR, cfg.num_experts)
+    facts = soft.soft_report(combine_NR, cfg.num_experts) if reported else None
     cache = (slots_cache, experts_cache, combine_NR, y_RC)
     return combine_NR @ y_RC, xp.zeros((), x_NC.dtype), facts, cache
 

@@ -15,22 +15,30 @@ from moe_numpy.moe import assignment, balance, capacity, report, router, score, 
 
 
 def route_forward(
-    x_NC: Array, params: router.RouterParams, cfg: MoEConfig, noise: Array | None = None
-) -> tuple[Array, Array, capacity.Plan, report.MoEReport, Cache]:
+    x_NC: Array,
+    params: router.RouterParams,
+    cfg: MoEConfig,
+    noise: Array | None = None,
+    reported: bool = True,
+) -> tuple[Array, Array, capacity.Plan, report.MoEReport | None, Cache]:
     """Decide which experts see which tokens, and with which weight.
 
         logits -> scores -> choice -> places -> gates;    beside them the balance terms
 
+    Without a report, a softmax over all experts that nothing else reads is left out.
+
     Shapes     x_NC (N, C); noise as `router.draw_noise` draws it
-               -> gate_NK (N, K); aux (); plan; report
+               -> gate_NK (N, K); aux (); plan; report, None if not `reported`
     Cache      (cfg, router, score, share, gate and balance caches)
     Source     Shazeer et al. 2017, section 2.1; the parts name theirs
     """
     noise, coin_N = router.split_noise(noise, cfg)
     router_found = router.router_forward(x_NC, params, cfg, noise)  # 1. logits
     clean_NE, noisy_NE, scale_NE, router_cache = router_found
-    score_NE, score_cache = score.score_forward(cfg.score, noisy_NE)  # 2. scores
-    prob_NE, share_cache = score_NE, None
+    score_NE = score_cache = share_cache = None
+    if reported or score.scores_are_read(cfg):
+        score_NE, score_cache = score.score_forward(cfg.score, noisy_NE)  # 2. scores
+    prob_NE = score_NE
     if cfg.score != "softmax":
         prob_NE, share_cache = score.share_forward(score_NE)
     rank_NE = ranking(noisy_NE, score_NE, params.bias_E, cfg)
@@ -41,9 +49,11 @@ def route_forward(
     aux, balance_cache = balance.balance_forward(
         clean_NE, noisy_NE, scale_NE, prob_NE, gate_NK, expert_NK, wished_NK, rank_NE, cfg
     )  # 5. balance
-    facts = report.make_report(noisy_NE, prob_NE, wished_NK, plan, cfg.score)
-    if isinstance(cfg.selection, ExpertChoice):  # the experts chose: no wish goes unheard
-        facts = facts._replace(wished_E=facts.load_E, dropped=0)
+    facts = None
+    if reported:
+        facts = report.make_report(noisy_NE, prob_NE, wished_NK, plan, cfg.score)
+        if isinstance(cfg.selection, ExpertChoice):  # the experts chose: no wish goes unheard
+            facts = facts._replace(wished_E=facts.load_E, dropped=0)
     cache = (cfg, router_cache, score_cache, share_cache, gate_cache, balance_cache)
     return gate_NK, aux, plan, facts, cache
 

@@ -133,6 +133,16 @@ def gates_from_logits(cfg: MoEConfig) -> bool:
     return cfg.renormalized and cfg.score == "softmax"
 
 
+def scores_are_read(cfg: MoEConfig) -> bool:
+    """Tell whether the scores of all experts may matter to more than the report.
+
+    Where they do not, only the chosen logits have a softmax: gates read those, the choice compares
+    logits, and there is no balance term, no capacity and no other selection.
+    """
+    plain = not (cfg.balance or cfg.capacity or cfg.selection)
+    return not (plain and gates_from_logits(cfg))
+
+
 def gates_forward(
     read_NE: Array, expert_NK: Array, kept_NK: Array, cfg: MoEConfig
 ) -> tuple[Array, Cache]:
