@@ -357,10 +357,11 @@ _ALONE = {
 
 def _sigmoid(x: Array) -> Array:
     # Further below, the sigmoid underflows and exp(-x) overflows: from -87 in float32, -708 in
-    # float64. Out of an array comes an array, of no axes too.
+    # float64. As far above it has long been 1; NumPy is faster with two bounds than with one, and
+    # with a quotient than with a reciprocal. Out of an array comes an array, of no axes too.
     bound = math.ceil(math.log(xp.finfo(x.dtype).tiny))
-    s = xp.maximum(x, bound, out=xp.empty_like(x))
+    s = x.clip(bound, -bound, out=xp.empty_like(x))
     xp.negative(s, out=s)
     xp.exp(s, out=s)
     s += 1.0
-    return xp.reciprocal(s, out=s)
+    return xp.divide(1.0, s, out=s)
