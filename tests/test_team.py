@@ -73,7 +73,7 @@ def test_the_team_leaves_the_gradients_and_tells_their_norm():
         token_BT, target_BT = np.random.default_rng(0).integers(0, here.cfg.vocab_size, (2, 4, 16))
         _, grads = shards.gradients(token_BT, target_BT, here.params, here.cfg, shards=4)
         for _ in range(2):
-            _, norm = crew.gradients(token_BT, target_BT, here.cfg)
+            _, norm = crew.gradients(token_BT, target_BT)
             assert tiny.same_bits(crew.grads[0], grads)
             assert norm.tobytes() == optimizer.norm(grads).tobytes()
             assert crew.own == {}  # nobody keeps what is added up
@@ -168,6 +168,19 @@ def _die(crew, rank):
     return []
 
 
+def _answer_late(crew, rank):
+    if rank == 1:
+        time.sleep(0.2)
+    return [rank]
+
+
+def test_a_late_answer_is_waited_for_asleep():
+    with a_team() as (_, crew):
+        before = time.process_time()
+        assert crew._each(_answer_late) == [0, 1]
+        assert time.process_time() - before < 0.1
+
+
 def test_what_a_member_raises_is_raised_here_and_the_team_goes_on():
     with a_team() as (_, crew):
         with pytest.raises(FloatingPointError, match="overflow in member 1"):
@@ -260,7 +273,7 @@ def test_other_systems_are_refused(monkeypatch):
 def test_a_team_of_one_and_impossible_numbers_are_refused_before_anything_is_written(tmp_path):
     run = tiny.run(tiny.moe(), shards=2)
     with pytest.raises(ValueError, match="team: processes must be a whole number of at least 2"):
-        team.Team(run.params, run.state, 2, 1)
+        team.Team(run.params, run.state, run.cfg, run.training, 1)
     for processes, words in ((0, "train: processes must"), (3, r"at most the shards .* got 3")):
         with pytest.raises(ValueError, match=words):
             loop.train(run, tmp_path / "run.npz", show_progress=False, processes=processes)

@@ -193,7 +193,7 @@ def members(run: Run, processes: int) -> Iterator[team.Team | None]:
     if processes == 1:
         yield None
         return
-    crew = team.Team(run.params, run.state, run.training.shards, processes)
+    crew = team.Team(run.params, run.state, run.cfg, run.training, processes)
     run.params, run.state = crew.params, crew.state  # before the members inherit the former arrays
     with crew:
         yield crew
@@ -325,7 +325,7 @@ def take_step(run: Run, crew: team.Team | None = None) -> None:
         report, grads = shards.gradients(token_BT, target_BT, run.params, *setting)
         norm = optimizer.norm(grads)
     else:
-        report, norm = crew.gradients(token_BT, target_BT, cfg, noise, training.smoothing)
+        report, norm = crew.gradients(token_BT, target_BT, noise)
     *facts, norm = to_host_together([*tree.leaves(report), norm])
     report, norm = tree.from_leaves(report, facts), float(norm)
     _require_finite("loss", float(report.cross_entropy + report.aux), run, step + 1)
@@ -335,7 +335,7 @@ def take_step(run: Run, crew: team.Team | None = None) -> None:
     if crew is None:
         optimizer.update(run.params, grads, run.state, training.optimizer, step, rate, scale)
     else:
-        crew.update(training.optimizer, step, rate, scale)
+        crew.update(step, rate, scale)
     if cfg.moe is not None and cfg.moe.bias_rate:
         _move_biases(run, report)
     _note(run.series, step, report, rate, norm)

@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import mmap
+import os
+import select
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,7 +23,7 @@ import numpy as np
 
 from moe_numpy import machine, tree
 from moe_numpy.backend import Array, few_launches
-from moe_numpy.config import SGD, AdamW, ModelConfig, rules
+from moe_numpy.config import ModelConfig, TrainingConfig, rules
 from moe_numpy.training import optimizer, shards
 from moe_numpy.transformer import model
 
@@ -28,13 +31,15 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 PATIENCE = 10.0  # seconds that a member has for its last answer
+AWAKE = 0.001  # seconds that a process waits before it goes to sleep
 
 
 class Team:
     """Processes at work between `with` and its end; the caller's own is the member of rank 0.
 
-    A member has the program as it was when the block began. What a step needs of the caller is
-    sent to it. Every sum is taken in the order of one process, so the bits are the same.
+    A member has the program and the configurations as they were when the block began. What else a
+    step needs of the caller is sent to it. Every sum is taken in the order of one process, so the
+    bits are the same.
 
     Each array of the gradients is added up by one member, its owner. The others copy their shares
     of it into `grads`: one tree for each shard that the owner did not compute, in the order of the
@@ -45,14 +50,20 @@ class Team:
     """
 
     def __init__(
-        self, params: model.ModelParams, state: optimizer.OptimizerState, parts: int, size: int
+        self,
+        params: model.ModelParams,
+        state: optimizer.OptimizerState,
+        cfg: ModelConfig,
+        training: TrainingConfig,
+        size: int,
     ) -> None:
-        """Copy the arrays to shared memory. Steps have `parts` shards, the team `size` members.
+        """Copy the arrays to shared memory, for a team of `size` members.
 
         Raises     ValueError of `require_possible`
         """
+        parts = training.shards
         require_possible(parts, size)
-        self.parts, self.size = parts, size
+        self.cfg, self.training, self.parts, self.size = cfg, training, parts, size
         self.params, self.state = (tree.in_one_block(a, _shared) for a in (params, state))
         self.grads = [tree.room(params, _shared) for _ in range(parts - parts // size)]
         sizes = [leaf.size for leaf in tree.leaves(params)]
@@ -88,22 +99,20 @@ class Team:
         self,
         token_BT: Array,
         target_BT: Array,
-        cfg: ModelConfig,
         noise: tuple[Array | None, ...] | None = None,
-        smoothing: float = 0.0,
     ) -> tuple[model.LossReport, Array]:
         """Do what `shards.gradients` and `optimizer.norm` do: return the report and the norm.
 
         The gradients are left in `grads[0]`.
         """
         parts = shards.cut(token_BT, target_BT, noise, self.parts)
-        reports = self._each(_compute, parts, cfg, smoothing)
+        reports = self._each(_compute, parts)
         squares = zip(self._by_size, self._each(_add_up), strict=True)
         return shards.merge(tuple(reports)), np.sqrt(sum(square for _, square in sorted(squares)))
 
-    def update(self, cfg: AdamW | SGD, step: int, rate: float, scale: float = 1.0) -> None:
+    def update(self, step: int, rate: float, scale: float = 1.0) -> None:
         """Do what `optimizer.update` does."""
-        self._each(_update, cfg, step, rate, scale)
+        self._each(_update, step, rate, scale)
 
     def _each(self, do: Callable[..., list], *arguments: Any) -> list:
         """Let every member do its share: list the results, which are dealt to them in turns.
@@ -113,7 +122,7 @@ class Team:
         try:
             for line in self._lines:
                 line.send((do, arguments))
-            found = [_attempt(do, self, 0, arguments), *(line.recv() for line in self._lines)]
+            found = [_attempt(do, self, 0, arguments), *map(_receive, self._lines)]
         except (EOFError, OSError):
             raise ChildProcessError(
                 "team: every process must answer, got the end of one; the system may have been "
@@ -126,11 +135,11 @@ class Team:
         return [result for turn in in_turns for result in turn][: sum(map(len, found))]
 
 
-def _compute(team: Team, rank: int, parts: list[tuple], cfg: ModelConfig, smoothing: float) -> list:
+def _compute(team: Team, rank: int, parts: list[tuple]) -> list:
     """Compute the shards of this member, and put down what others add up; return the reports."""
-    reports = []
+    reports, setting = [], (team.params, team.cfg, team.training.smoothing, 1.0 / team.parts)
     for i in range(rank, team.parts, team.size):
-        report, grads = shards.of_one(parts[i], team.params, cfg, smoothing, 1.0 / team.parts)
+        report, grads = shards.of_one(parts[i], *setting)
         reports.append(report)
         team.own[i] = tree.leaves(grads)
         for owner, share in enumerate(team.shares):
@@ -160,9 +169,10 @@ def _given(team: Team, owner: int) -> dict[int, list[Array]]:
     return dict(zip(others, map(tree.leaves, team.grads), strict=False))
 
 
-def _update(team: Team, rank: int, cfg: AdamW | SGD, step: int, rate: float, scale: float) -> list:
+def _update(team: Team, rank: int, step: int, rate: float, scale: float) -> list:
     share = slice(rank, None, team.size)
-    optimizer.update(team.params, team.grads[0], team.state, cfg, step, rate, scale, share)
+    setting = (team.training.optimizer, step, rate, scale, share)
+    optimizer.update(team.params, team.grads[0], team.state, *setting)
     return []
 
 
@@ -173,8 +183,17 @@ def _serve(team: Team, rank: int, line: Connection) -> None:
         other.close()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            do, arguments = line.recv()
+            do, arguments = _receive(line)
             line.send(_attempt(do, team, rank, arguments))
+
+
+def _receive(line: Connection) -> Any:
+    """Wait for the next message: awake for a while, as many come sooner than a sleeper wakes up."""
+    ready, end = select.poll(), time.perf_counter() + AWAKE
+    ready.register(line, select.POLLIN)
+    while not ready.poll(0) and time.perf_counter() < end:
+        os.sched_yield()  # another process may have use for this core
+    return line.recv()
 
 
 def _attempt(do: Callable[..., list], team: Team, rank: int, arguments: tuple) -> Any:
