@@ -440,7 +440,7 @@ def _parser() -> argparse.ArgumentParser:
         "works.",
     )
     sub.add_argument("--quick", action="store_true", help="tiny sizes, own folder")
-    rows = ("product", "step", "steps", "layer", "overhead", "generation", "import")
+    rows = ("product", "step", "steps", "layer", "growth", "overhead", "generation", "import")
     sub.add_argument("--only", nargs="+", choices=rows, metavar="ROW", help=", ".join(rows))
     sub.add_argument("--rounds", type=_positive, help="of each race (7)")
     sub.add_argument("--threads", type=_positive, default=2, help="of each side (%(default)s)")

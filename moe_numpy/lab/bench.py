@@ -73,6 +73,7 @@ class Plan(NamedTuple):
 WIDTH = 128  # of the layers
 ROWS_TO_SPLIT = 256  # rows of an expert from which on the tokens are split over the threads
 FEW_ROWS = 16  # the same for small experts
+FINE = (64, 4096, (8, 64, 1024))  # fine-grained layers: hidden units, tokens, numbers of experts
 WRITTEN = 60  # tokens of a text
 
 # What PyTorch does in each race: the name of a side, how its experts run, whether AdamW is fused.
@@ -306,9 +307,9 @@ def _products(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layers(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
-    wide, fine = (2, 8, 32, 128, 1024), (8, 64, 1024)
+    wide, (hidden, tokens, fine) = (2, 8, 32, 128, 1024), FINE
     sweeps = [("wide", 512, 1024, wide, 2), ("wide", 512, 1024, wide, 1)]
-    sweeps += [("fine-grained", 64, 4096, fine, 2)]
+    sweeps += [("fine-grained", hidden, tokens, fine, 2)]
     if plan.quick:
         sweeps = [("wide", 32, 64, (2, 8), 2)]
     for name, hidden, tokens, sizes, k in sweeps:
@@ -328,6 +329,17 @@ def _layer(plan: Plan, name: str, moe: MoEConfig, tokens: int) -> dict[str, Any]
     sizes = {"experts": moe.num_experts, "top_k": moe.top_k, "hidden": moe.hidden}
     split = {what: workers[0].spec[what] for what in ("parts", "workers")}
     return {"name": name, **sizes, "tokens": tokens, **split, **found}
+
+
+def _growth(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
+    """Race our fine-grained layers of more and more experts against that of the fewest."""
+    report("MoE layers of few and many experts")
+    hidden, tokens, sizes = (16, 64, (8, 32)) if plan.quick else FINE
+    workers = []
+    for E in sizes:
+        moe = MoEConfig(num_experts=E, top_k=2, hidden=hidden)
+        workers.append(_our_layer(plan, moe, tokens)._replace(name=f"{E:,} experts"))
+    yield {"name": "growth", **plan.race(workers, same=False)}
 
 
 def _our_layer(plan: Plan, moe: MoEConfig, tokens: int) -> Worker:
@@ -420,6 +432,7 @@ MEASURES = {
     "step": _steps,
     "steps": _ablations,
     "layer": _layers,
+    "growth": _growth,
     "overhead": _overhead,
     "generation": _generation,
     "import": _imports,

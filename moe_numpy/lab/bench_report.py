@@ -143,10 +143,9 @@ def verdicts(record: dict[str, Any]) -> list[Verdict]:
     """
     if record["quick"] or record["threads"] != 2:
         return []
-    layers = {(r["name"], r["experts"], r["top_k"]): r for r in _rows(record, "layer")}
     return [
         *_step_verdicts(record),
-        *_layer_verdicts(layers),
+        *_layer_verdicts(record),
         *_other_verdicts(record),
         *_frugal_verdicts(record),
     ]
@@ -164,23 +163,23 @@ def _step_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
     yield _least(3, "MoE step against the best of sorted and batched", moe, best, 1.1)
 
 
-def _layer_verdicts(layers: dict[tuple, dict[str, Any]]) -> Iterator[Verdict]:
-    for (name, experts, k), row in layers.items():
-        if name == "wide" and k == 2:
-            what, ratios = f"layer of {experts} experts against the best", _ratios(row)
-            if experts >= 128:
+def _layer_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
+    for row in _rows(record, "layer"):
+        if row["name"] == "wide" and row["top_k"] == 2:
+            what, ratios = f"layer of {row['experts']} experts against the best", _ratios(row)
+            if row["experts"] >= 128:
                 yield _least(4, what, ratios, list(ratios), 2.2)
             elif not ratios:
                 yield Verdict(4, f"{what}: not slower", "", None)
             else:
                 worst = min(ratios.values(), key=lambda ratio: ratio["median"])
                 yield Verdict(4, f"{what}: not slower", _spread(worst), worst["high"] >= 1)
-    few, many = (layers.get(("fine-grained", experts, 2)) for experts in (8, 1024))
-    growth = _first(many) / _first(few) if few and many else None
-    yield _most(4, "fine-grained layer, cost of 1,024 experts over 8", growth, 7)
 
 
 def _other_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
+    for row in _rows(record, "growth"):
+        median = row["sides"][-1]["ratio"]["median"]
+        yield _most(4, "fine-grained layer, cost of 1,024 experts over 8", median, 7)
     for row in _rows(record, "overhead"):
         median = row["sides"][1]["ratio"]["median"]
         yield _most(5, "MoE layer over a dense MLP of the same work", median, 1.15)
