@@ -162,9 +162,9 @@ def test_the_lead_on_the_first_processor_is_that_of_its_library_as_the_text_says
     eager, _ = ratios(found, "step")["dense"]
     assert eager["low"] < product["median"] < eager["high"]
     assert set(kinds_of_layers(found).values()) == {"faster"}
-    growth, products = (v["wanted"] for v in found["verdicts"] if not v["met"])
-    assert growth.startswith("fine-grained layer, cost of 1,024") and growth.endswith("at most 7")
-    assert products.startswith("MoE step over its matrix products") and "1.6" in products
+    [missed] = (verdict for verdict in found["verdicts"] if not verdict["met"])
+    assert missed["wanted"] == "MoE step over its matrix products alone: at most 1.6"
+    assert float(missed["measured"]) < 1.65
 
 
 def test_what_is_faster_on_the_second_processor_is_told_as_its_record_has_it(speed):
