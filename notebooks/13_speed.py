@@ -97,9 +97,9 @@ for row in races["rows"]:
         )
 
 # %% [markdown]
-# So if everything else cost nothing, a step would be about one and a half to two times as fast, and
-# no faster. All that follows is about keeping "everything else" small, and about giving the library
-# products that it likes.
+# So if everything else cost nothing, a step would be faster by the last number, and by no more. All
+# that follows is about keeping "everything else" small, and about giving the library products that
+# it likes.
 #
 # ## 3. Numbers of half the size
 #

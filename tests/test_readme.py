@@ -226,6 +226,6 @@ def test_the_steps_that_count_are_those_that_the_text_names():
     assert [name for name, low in lows.items() if low > 1] == ["dense", "MoE"]
     assert (layer["name"][:5], text["name"]) == ("layer", "generation")
     lows = {step: bench_report.gain(layer, step)["low"] for step in layer["steps"]}
-    assert {step for step, low in lows.items() if low > 1.1} == {"memory", "slices"}
+    assert {step for step, low in lows.items() if low > 1.1} == {"memory", "slices", "experts"}
     lows = {step: bench_report.gain(text, step)["low"] for step in text["steps"]}
     assert {step for step, low in lows.items() if low > 1.1} == {"keys", "alone"}
