@@ -705,3 +705,21 @@ def test_numbers_of_float64_from_outside_change_no_type_and_noise_of_float64_is_
     assert {a.dtype for a in (dx_NC, *tree.leaves(grads))} == {np.dtype("float32")}
     with pytest.raises(ValueError, match=r"the type float32, got .* and float64"):
         layer.moe_forward(x_NC, params, cfg, np.zeros((5, 3)))
+
+
+@pytest.mark.parametrize(
+    "dy",
+    [np.ones((5, 1), "f"), np.ones((1, 4), "f"), np.ones((9, 4), "f"), np.ones((5, 4))],
+    ids=["one channel", "one token", "other tokens", "float64"],
+)
+@pytest.mark.parametrize("kind", ["top-k", "soft slots"])
+def test_a_gradient_that_is_not_like_the_result_is_refused(kind, dy):
+    cfg = MoEConfig(num_experts=3, top_k=2, hidden=6)
+    if kind == "soft slots":
+        cfg = MoEConfig(num_experts=3, top_k=3, hidden=6, selection=SoftSlots(slots=2))
+    params = layer.init_moe(np.random.default_rng(0), cfg, 4, "float32")
+    x_NC = np.random.default_rng(1).standard_normal((5, 4), dtype="float32")
+    *_, cache = layer.moe_forward(x_NC, params, cfg)
+    wanted = r"moe_backward: dy must have the shape \(5, 4\) and the type float32 of y, got .*"
+    with pytest.raises(ValueError, match=f"{wanted}{re.escape(str(dy.shape))} and {dy.dtype}"):
+        layer.moe_backward(dy, np.float32(0), cache)

@@ -175,7 +175,7 @@ def _row(
     report: MoEReport, cache: tuple, loss_N: np.ndarray, dy_NC: np.ndarray, grads: Any
 ) -> tuple:
     """Describe one step: who served whom is read from the plan that combine kept."""
-    _, (*_, combine_cache), _ = cache
+    _, (*_, combine_cache), *_ = cache
     *_, plan = combine_cache
     _, dgate_NK = dispatch.combine_backward(dy_NC, combine_cache)
     K, E = dgate_NK.shape[1], report.load_E.size

@@ -52,6 +52,18 @@ def check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -
         router.check_noise(noise, cfg, *x_NC.shape, in_ECF.dtype)
 
 
+def check_upstream(dy_NC: Array, shape: tuple[int, ...], dtype: Any) -> None:
+    """Refuse a gradient that is not like the result it belongs to, before NumPy broadcasts it.
+
+    Raises     ValueError
+    """
+    if dy_NC.shape != shape or dy_NC.dtype != dtype:
+        raise ValueError(
+            f"moe_backward: dy must have the shape {shape} and the type {dtype} of y, got "
+            f"{dy_NC.shape} and {dy_NC.dtype}. Reshape or convert it."
+        )
+
+
 def _kind_of_router(cfg: MoEConfig) -> type:
     if isinstance(cfg.selection, Hierarchy):
         return hierarchy.HierarchyParams

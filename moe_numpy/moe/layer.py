@@ -65,7 +65,8 @@ def moe_forward(
 
     Shapes     x_NC (N, C); noise as `router.draw_noise` draws it
                -> y_NC (N, C); aux (), the weighted balance terms; report, None if not `reported`
-    Cache      the caches of the parts; the experts' hidden rows are the largest
+    Cache      the caches of the parts, and what dy has to be like; the experts' hidden rows are the
+               largest
     Raises     ValueError if parameters, configuration, tokens and noise do not fit together
     Source     Shazeer et al. 2017, section 2; Fedus et al. 2022, section 2
     """
@@ -89,7 +90,7 @@ def moe_forward(
     if params.shared is not None:  # 5. what every token takes
         shared_NC, shared_cache = shared.shared_forward(x_NC, params.shared, cfg)
         y_NC = y_NC + shared_NC
-    return y_NC, aux, facts, (cfg, cache, shared_cache)
+    return y_NC, aux, facts, (cfg, cache, shared_cache, (y_NC.shape, y_NC.dtype))
 
 
 def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEParams]:
@@ -100,8 +101,10 @@ def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEPar
     which experts were chosen and who got a place are constants.
 
     Shapes     dy_NC (N, C), daux () -> dx_NC (N, C), grads
+    Raises     ValueError if dy is not of the shape and type of y
     """
-    cfg, parts, shared_cache = cache
+    cfg, parts, shared_cache, result = cache
+    fit.check_upstream(dy_NC, *result)
     daux = xp.asarray(daux, dy_NC.dtype)
     dx_shared_NC, dshared = None, None
     if shared_cache is not None:  # 5.
