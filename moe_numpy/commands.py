@@ -92,6 +92,11 @@ def _collapse_settings(options: argparse.Namespace) -> int:
                 f"--{name.replace('_', '-')} must not come with --settings, got "
                 f"{getattr(options, name)}: that study has sizes of its own. Leave it out."
             )
+    if options.backend != "numpy":
+        raise ValueError(
+            f"--backend must be numpy with --settings, got {options.backend}: that study computes "
+            "on the host. Leave it out."
+        )
     sizes = {"steps": 100, "seeds": (0, 1)} if options.quick else {}
     folder = _folder(options, part=options.quick)
     record = rich_get_richer.run_settings(rich_get_richer.Study(**sizes))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import strict_cupy
 import tiny
 from test_commands import ROOT, complaint, elsewhere, main, run, trained  # noqa: F401
 
@@ -146,6 +147,12 @@ TABLE = [
 
 
 IDS = [" ".join(arguments).replace(" ".join(TRAIN), "train")[:60] for arguments, _ in TABLE]
+
+
+def test_the_study_of_settings_is_refused_on_the_gpu(capsys):
+    with strict_cupy.device():
+        found = main(capsys, "collapse", "--settings", "--backend", "cupy", status=1)
+    assert re.search(r"--backend must be numpy with --settings, got cupy.*Leave it", found.err)
 
 
 @pytest.mark.parametrize(("arguments", "expected"), TABLE, ids=IDS)
