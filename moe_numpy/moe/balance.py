@@ -204,7 +204,7 @@ def balance_forward(
     sums the gates of all choices, dropped ones included, or the clean probabilities. Without noise
     (scale None) the load is a count and has no gradient.
 
-    Shapes     clean_NE, noisy_NE, scale_NE, prob_NE (N, E); gate_NK (N, K);
+    Shapes     clean_NE, noisy_NE, scale_NE, prob_NE (N, E), unread without a term; gate_NK (N, K);
                expert_NK, wished_NK (N, K) integers; rank_NE (N, E) what they were chosen by
                -> aux ()
     Cache      (cfg, (N, E), the caches of the terms)

@@ -54,9 +54,9 @@ def make_plan(
     not causal.
 
     Shapes     expert_NK (N, K) integers, best first; rank_NE (N, E) what they were chosen by;
-               prob_NE (N, E) for the priorities "bpr" and "score"; asked_NK (N, K) booleans, None
-               for all -> expert_NK (N, K) the experts in use, and the plan; a dropped choice keeps
-               its expert, so that its gate is still defined
+               prob_NE (N, E) for the priorities "bpr" and "score", else unread; asked_NK (N, K)
+               booleans, None for all -> expert_NK (N, K) the experts in use, and the plan; a
+               dropped choice keeps its expert, so that its gate is still defined
     Source     Lepikhin et al. 2020, GShard, algorithm 1 (choice order, drop, groups); Riquelme et
                al. 2021, V-MoE, section 4 (bpr); Megatron-LM, its drop policy "probs" (score); Fedus
                et al. 2022, appendix B (next best expert)
