@@ -84,7 +84,7 @@ def route_backward(dgate_NK: Array, daux: Array, cache: Cache) -> tuple[Array, r
     return router.router_backward(dclean_NE, dnoisy_NE, dscale_NE, router_cache)  # 1.
 
 
-def ranking(noisy_NE: Array, score_NE: Array, bias_E: Array | None, cfg: MoEConfig) -> Array:
+def ranking(noisy_NE: Array, score_NE: Array | None, bias_E: Array | None, cfg: MoEConfig) -> Array:
     """Return what the choice compares; the gates are computed without the bias.
 
     The logits rank as their scores do, without the ties of scores that are rounded to 0 or 1.
@@ -93,7 +93,8 @@ def ranking(noisy_NE: Array, score_NE: Array, bias_E: Array | None, cfg: MoEConf
     scaling or a limit to groups makes of them is what overflow follows too: an expert with minus
     infinity is out of the question.
 
-    Shapes     noisy_NE, score_NE (N, E); bias_E (E,) or None -> rank_NE (N, E)
+    Shapes     noisy_NE, score_NE (N, E), the scores None where `score.scores_are_read` says no;
+               bias_E (E,) or None -> rank_NE (N, E)
     """
     part = cfg.selection
     rank_NE = noisy_NE
@@ -109,11 +110,12 @@ def ranking(noisy_NE: Array, score_NE: Array, bias_E: Array | None, cfg: MoEConf
 
 
 def choose_experts(
-    rank_NE: Array, prob_NE: Array, cfg: MoEConfig, coin_N: Array | None = None
+    rank_NE: Array, prob_NE: Array | None, cfg: MoEConfig, coin_N: Array | None = None
 ) -> tuple[Array, Array | None]:
     """Choose the experts of every token; a discrete decision without a gradient.
 
-    Shapes     rank_NE, prob_NE (N, E); coin_N (N,) from 0 to 1, or None at evaluation
+    Shapes     rank_NE, prob_NE (N, E), unread by plain top-k; coin_N (N,) from 0 to 1, or None at
+               evaluation
                -> wished_NK (N, K) integers, best first (expert choice: by index); asked_NK (N, K)
                booleans, which of them ask for a place at all, or None for all
     """
