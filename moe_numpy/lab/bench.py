@@ -215,7 +215,7 @@ def _kernels() -> str | None:
 def ours(work: str, plan: Plan, **spec: Any) -> Worker:
     """Describe a worker of the package."""
     command = (sys.executable, "-m", "moe_numpy.lab.bench_process")
-    common = {"work": work, "threads": plan.threads, "repeats": 2 if plan.quick else 7}
+    common = {"work": work, "threads": plan.threads, "repeats": 2 if plan.quick else 21}
     return Worker(OURS, command, common | spec)
 
 

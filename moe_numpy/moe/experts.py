@@ -150,10 +150,12 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
             xp.dot(dy, w_EIO[e].T, out=dx_RI[start:end])
         if count == 1:  # a product over a lone row is slow
             x, dy = _with_company(x), _with_company(dy)
-        if count > FEW or 0 < count * I * O <= SMALL:
+        if count > FEW:
             xp.matmul(x.T, dy, out=dw_EIO[e])
-        elif count:
+        elif count * I * O > SMALL:
             xp.matmul(x.T.reshape(I // S, S, len(x)), dy, out=dw_EQSO[e])
+        elif count:
+            xp.dot(x.T, dy, out=dw_EIO[e])
         else:
             dw_EIO[e] = 0.0
 
