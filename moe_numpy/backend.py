@@ -27,6 +27,9 @@ class BackendError(ValueError):
     """The array library that was asked for is not available on this machine."""
 
 
+# For functions in which an infinity leads to the right result. CuPy never warns of one.
+overflow_is_fine = np.errstate(over="ignore")
+
 xp = types.ModuleType("xp", "The array library in use; see use_backend.")
 vars(xp).update(vars(np))
 

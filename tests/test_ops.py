@@ -99,13 +99,21 @@ def test_activations_survive_extremes_with_their_limits(kind, dtype):
 
 @pytest.mark.parametrize(("dtype", "least"), [("float32", -87.0), ("float64", -708.0)])
 def test_a_sigmoid_is_right_down_to_the_smallest_number_of_its_type(dtype, least):
-    x = np.array([2 * least, least, 0.9 * least, -30.0], dtype)
+    x = np.array([-np.inf, 2 * least, least, 0.9 * least, -30.0], dtype)
     with np.errstate(all="raise"):
         y, cache = activation.sigmoid_forward(x)
         slope = activation.sigmoid_backward(np.ones_like(x), cache)
-    np.testing.assert_allclose(y[1:], np.exp(x[1:].astype("float64")), rtol=1e-5)
-    np.testing.assert_allclose(slope[1:], y[1:], rtol=1e-5)
-    assert 0 < y[0] == y[1]
+    np.testing.assert_allclose(y[2:], np.exp(x[2:].astype("float64")), rtol=1e-5)
+    np.testing.assert_allclose(slope[2:], y[2:], rtol=1e-5)
+    assert y[:2].tolist() == slope[:2].tolist() == [0.0, 0.0]
+    assert activation.sigmoid_forward(-x[:2])[0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_silu_lets_through_of_a_huge_negative_number_is_nothing(dtype):
+    x = np.array([-np.finfo(dtype).max, -1e30], dtype)
+    y, cache = activation.silu_forward(x)
+    assert y.tolist() == activation.silu_backward(np.ones_like(x), cache).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("kind", ["relu", "sigmoid", "softplus", "silu", "gelu", "gelu_tanh"])
