@@ -43,7 +43,8 @@ class Team:
 
     Each array of the gradients is added up by one member, its owner. The others copy their shares
     of it into `grads`: one tree for each shard that the owner did not compute, in the order of the
-    shards. The first of them belongs to shard 0 or 1, which is read before the sum takes its place.
+    shards, as `given` tells for every owner. The first of them belongs to shard 0 or 1, which is
+    read before the sum takes its place.
 
     params, state    the arrays that were given, now in shared memory: train these
     grads            trees of gradients; after `gradients`, the first holds those of the step
@@ -70,6 +71,11 @@ class Team:
         self._by_size = sorted(range(len(sizes)), key=lambda at: -sizes[at])
         self.shares = [self._by_size[rank::size] for rank in range(size)]  # of arrays to add up
         self.own: dict[int, list[Array]] = {}  # gradients of this process's shards
+        places = [tree.leaves(grads) for grads in self.grads]
+        self.given = []  # to each owner, of each shard that is not its own
+        for owner in range(size):
+            others = [i for i in range(parts) if i % size != owner]
+            self.given.append(dict(zip(others, places, strict=False)))
         self._lines: list[Connection] = []
 
     def __enter__(self) -> Team:
@@ -144,15 +150,14 @@ def _compute(team: Team, rank: int, parts: list[tuple]) -> list:
         team.own[i] = tree.leaves(grads)
         for owner, share in enumerate(team.shares):
             if owner != rank:
-                place = _given(team, owner)[i]
                 for at in share:
-                    np.copyto(place[at], team.own[i][at])
+                    np.copyto(team.given[owner][i][at], team.own[i][at])
     return reports
 
 
 def _add_up(team: Team, rank: int) -> list:
     """Add up the arrays of this member, shard by shard; return the sums of their squares."""
-    squares, sums, of_shard = [], tree.leaves(team.grads[0]), team.own | _given(team, rank)
+    squares, sums, of_shard = [], tree.leaves(team.grads[0]), team.own | team.given[rank]
     for at in team.shares[rank]:
         first, second, *others = (of_shard[i][at] for i in range(team.parts))
         total = np.add(first, second, out=sums[at])
@@ -161,12 +166,6 @@ def _add_up(team: Team, rank: int) -> list:
         squares.append(np.vdot(total, total))
     team.own.clear()
     return squares
-
-
-def _given(team: Team, owner: int) -> dict[int, list[Array]]:
-    """Tell where a member is given the gradients of each shard that is not its own."""
-    others = [i for i in range(team.parts) if i % team.size != owner]
-    return dict(zip(others, map(tree.leaves, team.grads), strict=False))
 
 
 def _update(team: Team, rank: int, step: int, rate: float, scale: float) -> list:
