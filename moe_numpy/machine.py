@@ -1,6 +1,7 @@
 """What a long run asks of the machine: memory that stays, and one thread for each shard.
 
-Nothing here happens on import. How many threads there are changes no bit of a result.
+Nothing here happens on import. How many threads share jobs out changes no bit of a result; threads
+that share one matrix product may.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def map(fn: Callable, tree: Tree, *others: Tree) -> Tree:
 
 
 def named_leaves(tree: Tree, prefix: str = "") -> list[tuple[str, Any]]:
-    """List every array with its dotted name, as in ``blocks.0.attention.w_q_CHD``.
+    """List every array with its dotted name, as in ``blocks.0.attention.q_CHD``.
 
     ``None`` leaves are left out. The order is that of the fields, the same for trees of one type.
     """

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 13 What made it fast
 #
-# Plain NumPy is thought of as slow. This page goes through what made the package about as fast as
-# PyTorch on the same processor, one optimization after the other: the idea, a small calculation or
-# check that you can run, and the gain that was measured.
+# Plain NumPy is thought of as slow. This page goes through what made the package as fast as PyTorch
+# on one processor and about twice as fast on another, one optimization after the other: the idea, a
+# small calculation or check that you can run, and the gain that was measured.
 #
 # **After this page you can**
 #
@@ -49,11 +49,12 @@ removals = files.read_json(FIGURES / "speed_steps.json")
 # %% [markdown]
 # ## 1. How the gains were measured
 #
-# Each optimization is switched off *alone*, everything else stays, and both programs take turns on
-# the same machine: with, without, with, without. The **gain** of a round is the time without it
-# over the time with it: 2 means twice as fast, 1 means no difference. Of all rounds we print the
-# median gain and, in parentheses, the smallest and the largest. A spread that includes 1 proves
-# nothing.
+# Each optimization is switched off by itself, with what depends on it (sections 4, 6 and 8 say
+# what), and everything else stays. The programs take turns on the same machine: complete, without
+# the first, without the second and so on, then the next round. The **gain** of a round is the time
+# without it over the time of the complete program: 2 means twice as fast, 1 means no difference. Of
+# all rounds we print the median gain and, in parentheses, the smallest and the largest. A spread
+# that includes 1 proves nothing.
 #
 # The numbers below were read from a record of one machine. `python -m moe_numpy bench` measures
 # yours.
@@ -81,10 +82,10 @@ def show(step):
 #
 # ## 2. The limit: matrix products
 #
-# NumPy hands its matrix products to a library (here OpenBLAS) that is as good at them as anyone.
+# NumPy hands its matrix products to a library that is written for nothing else (here OpenBLAS).
 # Given their shapes, their type and the number of threads, nothing in Python can make them faster:
-# they are the limit. How far from it is a step? The benchmark notes every product of a step, and
-# repeats them alone.
+# they are the limit. (Section 7 changes the shapes.) How far from it is a step? The benchmark notes
+# every product of a step, and repeats them alone.
 
 # %%
 for row in races["rows"]:
@@ -134,7 +135,9 @@ show("slices")
 # %% [markdown]
 # That was a layer whose router is new. The more uneven the counts, the more there is to pad: a
 # router that sends all tokens to one of eight experts pads eightfold. And beside the larger
-# products, the padded rows must be copied to their places and back.
+# products, the padded rows must be copied to their places and back. (A padded batch is one product:
+# its experts cannot be shared out, nor its few rows be treated as in section 7. In the layer of 128
+# experts the gain of slices contains those two.)
 #
 # ### The way back is a look-up, too
 #
@@ -179,7 +182,7 @@ show("memory")
 # visit, while everything is at hand.
 
 # %%
-numbers = 768 * 512
+numbers = 12 * 64 * 512  # of 12 sequences of 64 tokens; a shard of section 6 has half of them
 print(
     f"{numbers * 4 / 2**20:.1f} MiB in an array of hidden units, "
     f"{rows.BLOCK * 4 / 2**20:.2f} MiB in a block"
@@ -193,7 +196,8 @@ show("activations")
 #
 # The library can share one product between cores. For small products that is mostly waiting: the
 # cores meet after every one of them. It is better to give each core its own part of the batch, a
-# **shard**: they meet once, when the gradients are added up.
+# **shard**: they meet once, when the gradients are added up. (Measured with a process for each
+# shard: the gain contains that of the processes below.)
 
 # %%
 show("shards")
@@ -206,13 +210,13 @@ show("shards")
 show("processes")
 
 # %% [markdown]
-# **This one changes the function.** Each shard is routed by itself, so capacity limits and balance
-# losses see one shard at a time. Number of shards: part of the configuration. Who computes them:
-# not one bit of difference.
+# **Shards change the function.** Each is routed by itself, so capacity limits and balance losses
+# see one shard at a time. That is why their number is part of the configuration. Who computes them,
+# threads or processes, makes not one bit of difference.
 #
 # ## 7. Layers with many experts
 #
-# With 128 experts each has a handful of tokens. Its product is so small that the library's
+# In the layer of 128 experts, each has about 16 rows. Its product is so small that the library's
 # preparations (it first copies the matrices into an order of its own) are a large part of the work.
 # Smaller pieces of the matrix skip these preparations. And the threads share out whole experts
 # instead of meeting in every product.
@@ -238,7 +242,8 @@ show("few")
 # not change, so they are kept (the **KV cache**); without it, every token costs a pass over the
 # whole text. For a single token, everything but the matrices is tiny, and the *calls* cost more
 # than the arithmetic: `decode.py` is the same forward in as few calls as possible. And the
-# parameters lie in one block of memory, for which the operating system uses large pages.
+# parameters lie in one block of memory, for which Linux may use large pages: an idea that had no
+# gain to show here, as section 9 repeats.
 
 # %%
 T = 60
@@ -265,8 +270,9 @@ for name, row in models.items():
 # %% [markdown]
 # Blocks in the optimizer keep its temporaries small, whatever the size of the largest array, and
 # that is why they stay. Sums of rows as products (`rows.sums`) are as short to write as NumPy's
-# own. Neither is kept for its speed. Where a median is well above 1, more rounds on a quieter
-# machine may decide; until then, do not build on it.
+# own, and one block of weights is one line. None of them is kept for its speed. What has no gain in
+# one model may have one in another: look for its other rows above. Where a median is well above 1,
+# more rounds on a quieter machine may decide; until then, do not build on it.
 #
 # ## 10. The picture
 
@@ -300,6 +306,6 @@ print("gradient of the router:", np.allclose(grads.router.w_CE, right, atol=1e-5
 #
 # - `python -m moe_numpy bench` measures all this on your machine, and beside PyTorch if you install
 #   the extra `bench`. Take away what runs beside it: noise is the enemy of small gains.
-# - `tests/benchmarks/plain.py` holds the plain twin of each optimized function. They are the
-#   judges: the tests compare both.
+# - `tests/benchmarks/plain.py` holds the plain twins of the optimized functions. They are the
+#   judges: the tests compare both. `ablation_worker.py` beside it switches off all the rest.
 # - Gale et al. 2022, *MegaBlocks*, makes the same point about padding on a GPU.

@@ -139,7 +139,8 @@ def verdict_line(verdict: Verdict) -> str:
 def verdicts(record: dict[str, Any]) -> list[Verdict]:
     """Hold the record against the aims, which are for two threads and the full sizes.
 
-    Ratios are the other's time over ours, medians unless a spread is told.
+    Ratios are the other's time over ours, medians unless a spread is told. "Not slower" asks that
+    the spread reaches 1: it is about what no noise explains.
     """
     if record["quick"] or record["threads"] != 2:
         return []

@@ -25,7 +25,7 @@ import numpy as np
 
 from moe_numpy import machine
 
-TOLERANCE = 1e-4  # largest difference of two tensors, relative to the largest number in them
+TOLERANCE = 1e-4  # largest difference of two tensors, relative to the largest of the first side's
 BUSY = 0.15  # share of the machine's time that others took: more marks the round
 GAP = 0.1  # seconds between two blocks
 QUIET_ROUNDS = 3  # as many must be left for the busy ones to be set aside
@@ -101,7 +101,7 @@ def race_all(
     Parameters
     ----------
     rounds : quiet ones; a busy round is marked and repeated, up to `patience` times as many in all.
-    block : seconds that a block takes at least, a whole number of repetitions.
+    block : about how many seconds a block takes: a whole number of repetitions, at most 1000.
     same : whether the values must be equal; False for sides that compute different functions.
 
     Returns
@@ -179,7 +179,7 @@ def prepare(processes: list[Process], folder: Path) -> float:
 
 
 def compare(name_a: str, path_a: Path, name_b: str, path_b: Path) -> float:
-    """Find the largest difference between two files of values, relative to each one's largest.
+    """Find the largest difference between two files, relative to the first one's largest value.
 
     Raises     ValueError if it is above `TOLERANCE`, or the files do not hold the same names
     """

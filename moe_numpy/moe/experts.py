@@ -1,7 +1,7 @@
 """The experts: one two-layer MLP each, run over contiguous slices of the sorted rows.
 
-Letters of this file: a matrix is cut into Q parts of J columns (or rows); P places of an expert
-whose rows are padded.
+Letters of this file: a matrix is cut into Q parts of J columns, or M parts of W rows; P places of
+an expert whose rows are padded.
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
     x_RI, w_EIO, offsets = cache
     R, (E, I, O) = x_RI.shape[0], w_EIO.shape
     dx_RI, dw_EIO = xp.empty((R, I), x_RI.dtype), xp.empty((E, I, O), x_RI.dtype)
-    J, S = _part(NARROW, I), _part(WIDE, I)
+    J, W = _part(NARROW, I), _part(WIDE, I)
     w_EQOJ = w_EIO.reshape(E, I // J, J, O).swapaxes(2, 3)
     dx_QRJ = dx_RI.reshape(R, I // J, J).swapaxes(0, 1)
-    dw_EQSO = dw_EIO.reshape(E, I // S, S, O)
+    dw_EMWO = dw_EIO.reshape(E, I // W, W, O)
 
     def undo(e: int) -> None:
         start, end = offsets[e], offsets[e + 1]
@@ -153,7 +153,7 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
         if count > FEW:
             xp.matmul(x.T, dy, out=dw_EIO[e])
         elif count * I * O > SMALL:
-            xp.matmul(x.T.reshape(I // S, S, len(x)), dy, out=dw_EQSO[e])
+            xp.matmul(x.T.reshape(I // W, W, len(x)), dy, out=dw_EMWO[e])
         elif count:
             xp.dot(x.T, dy, out=dw_EIO[e])
         else:
@@ -287,7 +287,7 @@ def experts_forward(
 
     Shapes     x_RC (R, C), rows sorted by expert; offsets E + 1 integers -> y_RC (R, C)
     Cache      the caches of its parts: x once, and for each hidden unit of a row as many numbers as
-               `ledger.LEFT` lists for its activation (2 for GELU, 3 for SwiGLU)
+               `ledger.LEFT` lists for its activation (2 for tanh GELU, 3 for SwiGLU)
     Source     Shazeer et al. 2017, section 3.2; gated: Jiang et al. 2024, Mixtral, section 2.1
     """
     a_RF, in_cache = expert_linear_forward(x_RC, params.in_ECF, params.in_EF, offsets)  # 1. widen

@@ -60,8 +60,8 @@ def moe_forward(
     lifts them. A token whose choices were all dropped gets zero: in the transformer its residual
     goes on alone. No tokens at all are fine.
 
-    ``reported=False`` spares the report: for it alone a plain router of many experts takes the
-    softmax of all their logits, where the gates are one of the chosen alone.
+    ``reported=False`` spares the report, and the softmax over all experts if only the report needs
+    it: the gates of a plain router are a softmax over the chosen logits alone.
 
     Shapes     x_NC (N, C); noise as `router.draw_noise` draws it
                -> y_NC (N, C); aux (), the weighted balance terms; report, None if not `reported`

@@ -31,7 +31,10 @@ class RouterParams(NamedTuple):
 
 
 def init_router(rng: Generator, cfg: MoEConfig, width: int, dtype: str) -> RouterParams:
-    """Draw small logit weights; the noise scale and the biases start at zero."""
+    """Draw small logit weights; those of the noise scale and the biases start at zero.
+
+    So a learned scale starts at softplus(0) + floor, which is about 0.7: the noise is on.
+    """
     E = cfg.num_experts
     return RouterParams(
         w_CE=to_device(rng.normal(0.0, cfg.router_std, (width, E)), dtype),
@@ -100,7 +103,7 @@ def router_forward(
     Cache      (params, jitter_NC, noise, linear cache, (linear, softplus caches) or None); with
                jitter x once more, as the router saw it
     Raises     ValueError if there is noise for a layer that has none
-    Source     Shazeer et al. 2017, eq. 3 and 4; Fedus et al. 2022, appendix C (jitter)
+    Source     Shazeer et al. 2017, eq. 4; Fedus et al. 2022, appendix C (jitter)
     """
     if noise is not None and cfg.noise is None:
         raise ValueError("router_forward: noise came for a layer with noise=None. Pass None.")
@@ -127,8 +130,9 @@ def router_backward(
 ) -> tuple[Array, RouterParams]:
     """Undo `router_forward`.
 
-    noisy = clean + noise * scale sends dnoisy on to clean and, times the noise, to the scale:
-        dclean += dnoisy,    dscale += noise * dnoisy,    draw = dscale * sigmoid(raw).
+    noisy = clean + noise * scale sends dnoisy on to clean and, times the noise, to the scale,
+    which is softplus(raw) + floor with raw = x W_noise:
+        dclean += dnoisy,    dscale += noise * dnoisy,    d(raw) = dscale * sigmoid(raw).
     The selection bias has no gradient: it only chooses.
 
     Shapes     dclean_NE, dnoisy_NE, dscale_NE (N, E); None for what nothing but `noisy` has read

@@ -88,10 +88,10 @@ def ranking(noisy_NE: Array, score_NE: Array | None, bias_E: Array | None, cfg: 
     """Return what the choice compares; the gates are computed without the bias.
 
     The logits rank as their scores do, without the ties of scores that are rounded to 0 or 1.
-    Scores take their place where their size matters: in sums over a group, and below a bias that
-    is in their units (for the softmax, without groups, it is added to the logits). What a Sinkhorn
-    scaling or a limit to groups makes of them is what overflow follows too: an expert with minus
-    infinity is out of the question.
+    Scores take their place where their size matters: in sums over a group, and where a bias in
+    their units is added to them (for the softmax, without groups, it is added to the logits). What
+    a Sinkhorn scaling or a limit to groups makes of them is what overflow follows too: an expert
+    with minus infinity is out of the question.
 
     Shapes     noisy_NE, score_NE (N, E), the scores None where `score.scores_are_read` says no;
                bias_E (E,) or None -> rank_NE (N, E)

@@ -71,7 +71,8 @@ def share_forward(score: Array) -> tuple[Array, Cache]:
         share_i = score_i / sum_j score_j    over the last axis, a sum of at least 1e-30
 
     Where all scores are smaller than that, their shares sum to less than one and end at zero:
-    where all logits are below -69 for the sigmoid, and below -138 for sqrt(softplus).
+    where all logits are below -69 for the sigmoid, and below -138 for sqrt(softplus) (in float32
+    below -103, where the score itself is rounded to zero).
 
     Shapes     score (..., E), not negative -> share (..., E)
     Cache      (share, total)

@@ -358,7 +358,7 @@ _ALONE = {
 @overflow_is_fine
 def _sigmoid(x: Array) -> Array:
     # Where exp(-x) is too large for its type, the sum is infinite and the quotient zero. NumPy is
-    # faster with a quotient than with a reciprocal. Out of an array comes one, of no axes too.
+    # faster with a quotient than with a reciprocal. Of an array without axes `out` makes an array.
     s = xp.negative(x, out=xp.empty_like(x))
     xp.exp(s, out=s)
     s += 1.0

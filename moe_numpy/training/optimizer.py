@@ -113,7 +113,7 @@ def _adamw(
     scale: float,
     decay: float,
 ) -> None:
-    """Update one array, block by block and in as few passes as there are.
+    """Update one array, block by block and in as few passes as possible.
 
     With the corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t,
         rate (m / c1) / (sqrt(v / c2) + eps) = (rate sqrt(c2) / c1) m / (sqrt(v) + eps sqrt(c2)):

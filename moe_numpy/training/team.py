@@ -218,8 +218,8 @@ def _shared(size: int) -> np.ndarray:
 def require_possible(parts: int, size: int) -> None:
     """Make sure that `size` processes can share out `parts` shards here.
 
-    Raises     ValueError if there is none, one would have no shard, or this system cannot have
-               teams
+    Raises     ValueError if there are fewer than two, one would have no shard, or this system
+               cannot have teams
     """
     rules.whole_number("team", "processes", size, 2)
     if size > parts:

@@ -30,8 +30,8 @@ SHORT = 6  # tokens, which are read faster one after the other than together
 class Ready(NamedTuple):
     """What is made once for all tokens of one text; the last three for rotary positions alone.
 
-    qkv_CO     of every layer: the matrices of queries, keys and values side by side, the scale of
-               the attention logits in the queries; 4 * C * (H + 2 G) * D bytes in float32
+    qkv_CO     for each layer the matrices of queries, keys and values side by side, the scale of
+               the attention logits in the queries: 4 * C * (H + 2 G) * D bytes in float32
     turn_DD    x @ turn turns the heads x by the angles of one position, which every token writes
                here: a channel meets itself and its partner, all else is zero
     diagonals  a view of what is not zero (2, 2, D / 2): from which half, to which
@@ -47,9 +47,11 @@ class Ready(NamedTuple):
 def supports(cfg: ModelConfig) -> bool:
     """Tell whether `next_logits` covers a model; the others are left to `model_forward`.
 
-    It covers plain top-k and top-k in the best groups, shared experts, all scores and gates on
-    the output, both norms, both kinds of positions, and shared keys and values. On a GPU it covers
-    nothing: Python looks at the scores, and would wait for the device in every layer.
+    It covers plain top-k and, but for a softmax over the chosen, top-k in the best groups; shared
+    experts, all scores and gates on the output, both norms, both kinds of positions, and shared
+    keys and values. Not capacity, nor experts with biases or three branches, nor what attention
+    has seldom. On a GPU it covers nothing: Python looks at the scores, and would wait for the
+    device in every layer.
     """
     rare = cfg.sandwich or cfg.attention_bias or cfg.sinks or cfg.extra_ffn or not cfg.causal
     rare = rare or cfg.qk_norm is not None or cfg.logit_cap is not None
@@ -135,8 +137,8 @@ def _attend(
 ) -> Array:
     """Do what `attention.attention_forward` does, for H queries at one position.
 
-    The heads lie below each other: H queries, G keys, G values. H / G queries share a key head,
-    whose rows in `z` they are.
+    The heads lie below each other: H queries, G keys, G values. H / G queries share a key head;
+    in `z` they are its rows.
     """
     H, D, C = out_HDC.shape
     qkv = x_C.dot(qkv_CO).reshape(-1, D)  # 1. project
