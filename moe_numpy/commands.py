@@ -153,7 +153,7 @@ def train(options: argparse.Namespace) -> int:
         print(f"{stopped} {_way_on(folder)}", file=sys.stderr)
         return 130
     except OSError as error:
-        raise type(error)(f"{error} {_way_on(folder)}") from None
+        raise type(error)(f"{str(error).rstrip('.')}. {_way_on(folder)}") from None
     if options.json:
         print(json.dumps(record | {"checkpoint": str(folder / "checkpoint.npz")}))
         return 0
@@ -441,8 +441,8 @@ def _parser() -> argparse.ArgumentParser:
         bench,
         "measure the speed of training and generation, also against PyTorch",
         more="Close other programs first: rounds that they disturb are repeated, and set aside "
-        "where enough quiet ones are left. Takes about ten minutes; --quick only shows that it "
-        "works.",
+        "where enough quiet ones are left. Takes about ten minutes, and keeps nothing if it is "
+        "stopped; --quick only shows that it works.",
     )
     sub.add_argument("--quick", action="store_true", help="tiny sizes, own folder")
     rows = ("product", "step", "steps", "layer", "growth", "overhead", "generation", "import")

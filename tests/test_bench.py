@@ -847,6 +847,18 @@ def test_a_part_has_a_folder_of_its_own_and_as_many_rounds_as_asked_for(
     assert [plan.rounds for plan in plans] == [5] * 3
 
 
+def test_a_library_that_does_not_load_is_told():
+    with pytest.raises(ValueError, match=r"'import nowhere' must work, got: ModuleNotFoundError"):
+        bench._import("import nowhere")
+
+
+def test_a_folder_of_the_name_of_a_library_is_none(monkeypatch, tmp_path):
+    (tmp_path / "torchless").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("torchless")
+    assert "not installed: torchless. Install" in bench.why_not("torchless")
+
+
 def test_it_says_what_is_missing_for_a_race(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     assert "not installed: transformers. Install" in bench.why_not("transformers")

@@ -72,6 +72,14 @@ def test_clamped_swiglu_is_constant_beyond_its_bounds_and_learns_at_them(dtype):
     assert y.dtype == dgate.dtype == dup.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_clamped_swiglu_lets_nothing_through_of_a_huge_negative_gate(dtype):
+    gate = np.full(2, 0.5 * np.finfo(dtype).min, dtype)
+    y, cache = activation.clamped_swiglu_forward(gate, np.array([7.0, -3.0], dtype))
+    dgate, dup = activation.clamped_swiglu_backward(np.ones_like(y), cache)
+    assert y.tolist() == dgate.tolist() == dup.tolist() == [0.0, 0.0]
+
+
 def test_gelu_and_its_tanh_form_differ_by_less_than_a_thousandth():
     x = np.linspace(-5.0, 5.0, 1001)
     difference = activation.gelu_forward(x)[0] - activation.gelu_tanh_forward(x)[0]

@@ -196,6 +196,48 @@ def test_the_end_of_a_member_is_told_and_the_block_is_left():
     assert not multiprocessing.active_children() and time.monotonic() - started < team.PATIENCE
 
 
+class OddError(Exception):
+    """Can be sent, but not received: it wants two arguments, and pickle brings one."""
+
+    def __init__(self, a, b):
+        super().__init__(a)
+
+
+def _fail_oddly(crew, rank):
+    if rank == 1:
+        raise OddError("a", "b")
+    return [rank]
+
+
+def _interrupt(crew, rank):
+    if rank == 0:
+        raise KeyboardInterrupt
+    return ["late"]
+
+
+@pytest.mark.parametrize(("do", "problem"), [(_fail_oddly, TypeError), (_interrupt, BaseException)])
+def test_no_answer_is_taken_for_that_of_a_later_call(do, problem):
+    with pytest.raises(ChildProcessError):
+        with a_team(4, 3) as (_, crew):
+            with pytest.raises(problem):
+                crew._each(do)
+            crew._each(_who)
+    assert not multiprocessing.active_children()
+
+
+def test_memory_that_cannot_be_shared_is_told_as_memory():
+    with pytest.raises(MemoryError, match=r"allocate \d+\.0 MiB that processes share"):
+        team._shared(1 << 62)
+
+
+def test_an_interrupt_while_the_team_starts_stops_the_run_after_a_step(monkeypatch):
+    monkeypatch.setattr(machine, "give_memory_back", lambda: os.kill(os.getpid(), signal.SIGINT))
+    here = tiny.run(tiny.moe(), shards=2)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(here, show_progress=False, processes=2)
+    assert here.step == 1 and not multiprocessing.active_children()
+
+
 def test_a_loss_that_blows_up_is_told_as_without_a_team():
     bad = tiny.run(tiny.moe(), shards=2)
     bad.params.token_VC[:] = np.inf

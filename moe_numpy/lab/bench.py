@@ -7,6 +7,7 @@ own sides with one optimization removed, which tell what each one gained, live t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -141,10 +142,10 @@ def run(plan: Plan, only: tuple[str, ...], report: Callable[[str], Any]) -> dict
     if ignored:
         report(f"each library chooses its own kernels: without {', '.join(ignored)}")
     with machine.environment(dict.fromkeys(ignored)):
+        found = this_machine(plan.torch)
         for name, measure in MEASURES.items():
             for row in measure(plan, report) if not only or name in only else ():
                 rows.append({"row": name, **row})
-        found = this_machine(plan.torch)
     record = {
         "study": "speed",
         "quick": plan.quick,
@@ -185,9 +186,16 @@ def why_not(library: str) -> str | None:
     """Tell why there is no race against a library; None if there is one."""
     if not TORCH_WORKER.exists():
         return "PyTorch's sides are in tests/benchmarks of a checkout, which is not here."
-    if not importlib.util.find_spec(library):
+    if not _is_installed(library):
         return f'not installed: {library}. Install with: pip install -e ".[bench]"'
     return None
+
+
+def _is_installed(library: str) -> bool:
+    """Tell whether a library is there with its version; a mere folder of its name is not it."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return importlib.util.find_spec(library) is not None and bool(metadata.version(library))
+    return False
 
 
 def this_machine(torch: bool) -> dict[str, Any]:
@@ -415,9 +423,15 @@ def _imports(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
 
 
 def _import(code: str) -> float:
-    """Time an import in a fresh process, in seconds."""
-    code = f"from time import perf_counter as t; a = t(); {code}; print(t() - a)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    """Time an import in a fresh process, in seconds.
+
+    Raises     ValueError if it fails; the last line of its complaint is told
+    """
+    timed = f"from time import perf_counter as t; a = t(); {code}; print(t() - a)"
+    done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True)
+    if done.returncode:
+        complaint = (done.stderr.strip() or "no word").splitlines()[-1]
+        raise ValueError(f"bench: {code!r} must work, got: {complaint}. Run it by itself.")
     return float(done.stdout)
 
 

@@ -265,7 +265,7 @@ def clamped_swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
     free_gate, free_up = gate <= CLAMP, xp.abs(up) <= CLAMP
     g, u = xp.minimum(gate, CLAMP), xp.clip(up, -CLAMP, CLAMP)  # 1. bounds
     s = _sigmoid(SLOPE * g)
-    return (u + 1.0) * g * s, (g, u, s, free_gate, free_up)  # 2. gate
+    return (u + 1.0) * (g * s), (g, u, s, free_gate, free_up)  # 2. gate
 
 
 def clamped_swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
@@ -276,8 +276,9 @@ def clamped_swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
     Shapes     dy (..., F) -> dgate (..., F), dup (..., F)
     """
     g, u, s, free_gate, free_up = cache
-    dg = dy * (u + 1.0) * (s * (1.0 + SLOPE * g * (1.0 - s)))  # 2.
-    du = dy * g * s
+    silu = g * s  # finite however large -g is, as s is zero there
+    dg = dy * (u + 1.0) * (s + SLOPE * silu * (1.0 - s))  # 2.
+    du = dy * silu
     return dg * free_gate, du * free_up  # 1.
 
 

@@ -164,10 +164,10 @@ def train(
     threads = _threads(run, threads or machine.cores()) if processes == 1 else 0
     with (
         what_matters_is_checked,
+        steps_bar as bar,
+        _deferred_interrupt() as interrupted,  # before the forks, in which Python would lose it
         members(run, processes) as crew,
         machine.workers(threads),
-        steps_bar as bar,
-        _deferred_interrupt() as interrupted,
     ):
         while run.step < run.training.steps:
             take_step(run, crew)

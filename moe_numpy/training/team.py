@@ -129,7 +129,11 @@ class Team:
             for line in self._lines:
                 line.send((do, arguments))
             found = [_attempt(do, self, 0, arguments), *map(_receive, self._lines)]
-        except (EOFError, OSError):
+        except BaseException as problem:
+            for line in self._lines:  # a late answer must not be taken for that of the next call
+                line.close()
+            if not isinstance(problem, EOFError | OSError):
+                raise
             raise ChildProcessError(
                 "team: every process must answer, got the end of one; the system may have been "
                 "short of memory. Go on from the last checkpoint, with fewer processes."
@@ -211,8 +215,15 @@ def _dismiss(member: Any, line: Connection) -> None:
 
 
 def _shared(size: int) -> np.ndarray:
-    """Allocate bytes, all zero, that later processes share."""
-    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+    """Allocate bytes, all zero, that later processes share.
+
+    Raises     MemoryError if there are not so many
+    """
+    try:
+        return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+    except OSError:
+        wanted = f"{size / 2**20:.1f} MiB that processes share"
+        raise MemoryError(f"Unable to allocate {wanted}") from None
 
 
 def require_possible(parts: int, size: int) -> None:
