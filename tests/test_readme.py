@@ -141,6 +141,7 @@ def ratios(found, kind):
 def test_the_speed_tables_are_those_of_the_records(speed):
     assert bench_report.summary(*speed) in README
     assert bench_report.layer_summary(*speed) in README
+    effective = []
     for found in speed:
         assert not found["quick"]
         memory = [v for v in found["verdicts"] if "memory" in v["wanted"]]
@@ -148,8 +149,8 @@ def test_the_speed_tables_are_those_of_the_records(speed):
         rows = [row for row in found["rows"] if row["row"] in ("step", "generation")]
         assert {row["rounds"] for row in rows} == {7}
         assert {row["processes"] for row in rows[:3]} == {found["threads"]} == {2}
-        effective = [row["effective_experts"] for row in rows[1:3]]
-        assert 7 < np.min(effective) <= np.max(effective) <= 8
+        effective += [row["effective_experts"] for row in rows[1:3]]
+    assert f"{np.min(effective):.1f} to {np.max(effective):.1f} of 8 experts in use" in README
 
 
 def test_the_lead_on_the_first_processor_is_that_of_its_library_as_the_text_says(speed):
@@ -162,9 +163,12 @@ def test_the_lead_on_the_first_processor_is_that_of_its_library_as_the_text_says
     eager, _ = ratios(found, "step")["dense"]
     assert eager["low"] < product["median"] < eager["high"]
     assert set(kinds_of_layers(found).values()) == {"faster"}
-    [missed] = (verdict for verdict in found["verdicts"] if not verdict["met"])
-    assert missed["wanted"] == "MoE step over its matrix products alone: at most 1.6"
-    assert float(missed["measured"]) < 1.65
+    assert all(verdict["met"] for verdict in found["verdicts"])
+    narrow = [v for v in found["verdicts"] if "its matrix products alone" in v["wanted"]]
+    assert [v["wanted"].split()[0] for v in narrow if float(v["measured"]) > 1.5] == [
+        "MoE",
+        "Mixtral",
+    ]
 
 
 def test_what_is_faster_on_the_second_processor_is_told_as_its_record_has_it(speed):
@@ -218,14 +222,13 @@ def test_the_steps_that_count_are_those_that_the_text_names():
         row["name"]: {step for step in row["steps"] if bench_report.gain(row, step)["low"] > 1}
         for row in rows
     }
-    assert set.intersection(*sure.values()) == {"float32", "shards"}
+    assert set.intersection(*sure.values()) == {"float32", "shards", "processes"}
     assert "memory" in sure["dense"] and "slices" in sure["MoE"]
     lows = {row["name"]: bench_report.gain(row, "memory")["low"] for row in rows}
     assert [name for name, low in lows.items() if low > 1] == ["dense"]
-    lows = {row["name"]: bench_report.gain(row, "processes")["low"] for row in rows}
-    assert [name for name, low in lows.items() if low > 1] == ["dense", "MoE"]
     assert (layer["name"][:5], text["name"]) == ("layer", "generation")
     lows = {step: bench_report.gain(layer, step)["low"] for step in layer["steps"]}
-    assert {step for step, low in lows.items() if low > 1.1} == {"memory", "slices", "experts"}
+    assert {step for step, low in lows.items() if low > 1.1} == {"memory", "slices"}
+    assert lows["experts"] <= 1
     lows = {step: bench_report.gain(text, step)["low"] for step in text["steps"]}
     assert {step for step, low in lows.items() if low > 1.1} == {"keys", "alone"}
