@@ -150,7 +150,8 @@ def test_the_speed_tables_are_those_of_the_records(speed):
         assert {row["rounds"] for row in rows} == {7}
         assert {row["processes"] for row in rows[:3]} == {found["threads"]} == {2}
         effective += [row["effective_experts"] for row in rows[1:3]]
-    assert f"{np.min(effective):.1f} to {np.max(effective):.1f} of 8 experts in use" in README
+    used = f"{np.min(effective):.1f} to {np.max(effective):.1f} of 8 experts in use"
+    assert used in " ".join(README.split())
 
 
 def test_the_lead_on_the_first_processor_is_that_of_its_library_as_the_text_says(speed):
@@ -165,10 +166,10 @@ def test_the_lead_on_the_first_processor_is_that_of_its_library_as_the_text_says
     assert set(kinds_of_layers(found).values()) == {"faster"}
     assert all(verdict["met"] for verdict in found["verdicts"])
     narrow = [v for v in found["verdicts"] if "its matrix products alone" in v["wanted"]]
-    assert [v["wanted"].split()[0] for v in narrow if float(v["measured"]) > 1.5] == [
-        "MoE",
-        "Mixtral",
-    ]
+    over = [v["wanted"].split()[0] for v in narrow if float(v["measured"]) > 1.5]
+    assert over == ["MoE", "Mixtral"]
+    [[written]] = ratios(found, "generation").values()
+    assert written["low"] < 8 < written["median"]
 
 
 def test_what_is_faster_on_the_second_processor_is_told_as_its_record_has_it(speed):
