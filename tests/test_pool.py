@@ -70,7 +70,8 @@ def test_a_killed_process_is_told_in_a_line_that_says_what_to_do():
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.5])
 def test_processes_that_are_still_importing_do_not_hear_ctrl_c(delay):
     code = "from moe_numpy.lab import pool; import time; print('imported', flush=True)\n"
-    code += "pool.run_all('t', time.sleep, [(0.1,), (0.2,)], 1, 2, False); time.sleep(60)"
+    # Jobs that outlast the delays: Python ignores Ctrl-C in the clean-up of a pool that is done.
+    code += "pool.run_all('t', time.sleep, [(1.0,), (1.1,)], 1, 2, False); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
