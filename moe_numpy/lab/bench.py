@@ -323,9 +323,7 @@ def _layers(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     for name, hidden, tokens, sizes, k in sweeps:
         for E in sizes:
             report(f"MoE layer, {name}: {E} experts, top-{k}")
-            rounds = (
-                plan.rounds if k > 1 else min(plan.rounds, 3)
-            )  # top-1 is plotted; no aim needs it
+            rounds = plan.rounds if k > 1 else min(plan.rounds, 3)  # no aim needs top-1
             own = plan._replace(rounds=rounds)
             yield _layer(own, name, MoEConfig(num_experts=E, top_k=k, hidden=hidden), tokens)
 

@@ -72,7 +72,7 @@ class Team:
         self.shares = [self._by_size[rank::size] for rank in range(size)]  # of arrays to add up
         self.own: dict[int, list[Array]] = {}  # gradients of this process's shards
         places = [tree.leaves(grads) for grads in self.grads]
-        self.given = []  # to each owner, of each shard that is not its own
+        self.given: list[dict[int, list[Array]]] = []  # to each owner, of shards not its own
         for owner in range(size):
             others = [i for i in range(parts) if i % size != owner]
             self.given.append(dict(zip(others, places, strict=False)))
