@@ -465,7 +465,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--train",
         action="store_true",
-        help="instead: train all at laptop size and compare them (half an hour)",
+        help="instead: train all at laptop size and compare them (three quarters of an hour)",
     )
     sub.add_argument("--seeds", type=_positive, help="with --train (3)")
     sub.add_argument("--out", type=_name, help=f"with --train: {record_folder}")

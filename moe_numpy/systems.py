@@ -66,7 +66,7 @@ def page(name: str, width: int) -> str:
     moe, paper = preset.model.moe, preset.paper
     blocks = [
         _wrap(f"{name} ({preset.year})", width),
-        _wrap(f"{paper.authors}: {paper.title}. {paper.at}", width),
+        _wrap(f"{paper.authors}: {paper.title.removesuffix('.')}. {paper.at}", width),
         "",
         _wrap(preset.idea, width),
         *_section("Routing", formulas.routing(moe), width),

@@ -568,6 +568,7 @@ for e in range(E):
             token_R.append(n)
             choice_R.append(n * K + k)
     offsets.append(len(token_R))
+# what make_plan takes: the choices, what they were ranked by, the probabilities, the limit (none)
 plan = capacity.make_plan(expert_NK, logit_NE, prob_NE, None)[1]
 for name, mine in zip(plan._fields, (slot_NK, token_R, choice_R, offsets), strict=True):
     print(f"{name:<8} {np.array(mine).tolist()}")
@@ -603,7 +604,7 @@ figure.tight_layout()
 #
 # Here `y_RC`, shape `(R, C)`, are the answers. For a dropped choice the slot is `R`, one too far:
 # think of one more row there, all zeros (the package appends it). Between the two each expert sees
-# its own slice of rows.
+# its own slice of rows. (The experts are those that section 5 drew.)
 
 # %%
 cfg_short = MoEConfig(num_experts=E, top_k=K, hidden=5, capacity=limit)
@@ -694,9 +695,10 @@ for n, k in np.argwhere(short.slot_NK == R):
 # - **z-loss**: the square of `log(sum over e of exp(logit))`, averaged over the tokens. It keeps
 #   logits small.
 #
-# The middle three are *balance losses*, the last one is a regularizer. Here we need only what the
-# four look at: probabilities, gates, noisy logits, logits. (`moe_numpy/moe/balance.py` has them
-# all.) We ask which parameters each can move at all.
+# The middle three are *balance losses* (papers also say *load-balancing* or *auxiliary* losses; the
+# package returns their weighted sum as `aux`), the last one is a regularizer. Here we need only
+# what the four look at: probabilities, gates, noisy logits, logits. (`moe_numpy/moe/balance.py` has
+# them all.) We ask which parameters each can move at all.
 #
 # > **Predict.** Draw the table for renormalized top-1 gates: five rows (losses), four columns
 # > (router weights, noise weights, the experts' first and second matrix). Mark the zeros. Then do
@@ -759,7 +761,8 @@ for g, t, p in np.argwhere(small & (found.norm > 0)):
 #
 # **1. Scatter-add** (10 minutes). The package sends the rows' gradients back by *reading*, with
 # `slot_NK`. Write the other form of section 6, which *adds* each row where its token is, with
-# `token_R` alone. `dx_RC` is `(R, C)`, `token_R` is `(R,)`, and you return `dx_NC`, `(N, C)`.
+# `token_R` alone. `dx_RC` is `(R, C)`, `token_R` is `(R,)`, and you return `dx_NC`, `(N, C)`. A
+# token may have fewer than `K` rows, or none.
 
 
 # %%

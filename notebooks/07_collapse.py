@@ -50,11 +50,12 @@ plt.rcParams.update({"figure.dpi": 88, "figure.constrained_layout.use": True})
 #
 # There are $N$ tokens and $E$ experts. The router gives each token a row of **logits**, and a
 # softmax makes **probabilities** of them: `prob[n, e]`, shape $(N, E)$, each row adding up to 1.
-# Top-1 chooses the best expert of the token, which we call $c$ (for *chosen*; it depends on $n$).
+# Top-1 chooses the best expert of the token, which we call $a$ (the one that is *asked*; it depends
+# on $n$).
 # With a **raw** gate the expert's output $o$, a vector of $C$ numbers, is multiplied by the chosen
 # probability:
 #
-# $$ gate[n] = prob[n, c], \qquad y[n] = gate[n] \; o[n] . $$
+# $$ gate[n] = prob[n, a], \qquad y[n] = gate[n] \; o[n] . $$
 #
 # Training makes the loss $L$ smaller. Write $dy[n]$ for the gradient of $L$ with respect to $y[n]$.
 # The chain rule takes us back to the logits, one line after the other.
@@ -65,15 +66,15 @@ plt.rcParams.update({"figure.dpi": 88, "figure.constrained_layout.use": True})
 #
 # (Chapter 06 calls it `dgate`; what is called $u$ there is something else.)
 #
-# **From the gate to the probabilities.** Only $prob[n, c]$ was read. It gets $u[n]$; the others get
+# **From the gate to the probabilities.** Only $prob[n, a]$ was read. It gets $u[n]$; the others get
 # 0.
 #
 # **From the probabilities to the logits.** For a softmax,
-# $\partial prob[n,c] / \partial logit[n,j] = prob[n,c] \, (\delta_{cj} - prob[n,j])$, where
-# $\delta_{cj}$ is 1 if $j = c$ and 0 otherwise. Multiply by $u[n]$:
+# $\partial prob[n,a] / \partial logit[n,j] = prob[n,a] \, ([j = a] - prob[n,j])$, where
+# $[j = a]$ is 1 if $j = a$ and 0 otherwise. Multiply by $u[n]$:
 #
-# $$ \frac{\partial L}{\partial logit[n,c]} = u[n] \, prob[n,c] \, (1 - prob[n,c]), \qquad
-#    \frac{\partial L}{\partial logit[n,j]} = -u[n] \, prob[n,c] \, prob[n,j] \quad (j \neq c). $$
+# $$ \frac{\partial L}{\partial logit[n,a]} = u[n] \, prob[n,a] \, (1 - prob[n,a]), \qquad
+#    \frac{\partial L}{\partial logit[n,j]} = -u[n] \, prob[n,a] \, prob[n,j] \quad (j \neq a). $$
 #
 # **Read the signs.** Gradient descent moves *against* the gradient. If $u[n] < 0$, so that a larger
 # gate would lower the loss, the chosen logit **rises and every other logit falls**, although no
@@ -100,10 +101,10 @@ dlogit_NE = np.zeros((3, 3))
 for n in range(3):
     total = sum(np.exp(logit_NE[n, j]) for j in range(3))
     prob = [float(np.exp(logit_NE[n, j]) / total) for j in range(3)]
-    c = max(range(3), key=lambda j: prob[j])  # the chosen expert
-    print(f"token {n}: prob {np.round(prob, 3)}, chosen expert {c}, u = {u_N[n]:+.1f}")
+    a = max(range(3), key=lambda j: prob[j])  # the chosen expert
+    print(f"token {n}: prob {np.round(prob, 3)}, chosen expert {a}, u = {u_N[n]:+.1f}")
     for j in range(3):
-        dlogit_NE[n, j] = u_N[n] * prob[c] * ((j == c) - prob[j])
+        dlogit_NE[n, j] = u_N[n] * prob[a] * ((j == a) - prob[j])
         way = "down" if dlogit_NE[n, j] > 0 else "up"
         print(f"    expert {j}: dlogit = {dlogit_NE[n, j]:+.4f}, so its logit moves {way}")
 
@@ -255,13 +256,17 @@ Image(pictures.animate_shares(one.share, steps, "Top-1, raw gates, one job"), fo
 figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9))
 hundred = rich_get_richer.Trace(*(values[:100] for values in one))
 axes = pictures.plot_rich_get_richer(axes, hundred, "One job: the rich get richer")
+for step in (0, 40, 80, 99):
+    print(f"step {step:2}: mean gate {one.decisiveness[step]:.2f}")
 
 # %% [markdown]
 # From left to right: the expert with the largest share (black) gets the largest gradient, and one
-# that keeps growing, because more tokens and larger gates feed it; its loss falls, and the router
-# sends it more. Section 1 also predicts *when* the push begins: at first the sign of $u$ is a coin
-# toss, and once experts have learned, $u < 0$ for most tokens. `pull` is the share of an expert's
-# tokens with $u < 0$.
+# that keeps growing, because more tokens and larger gates feed it (below the pictures: with raw
+# top-1 gates the mean gate is the mean largest probability). AdamW takes most of that growth out of
+# the steps again, but not the difference to an expert without tokens, whose gradient is zero. The
+# winner's loss falls, and the router sends it more. Section 1 also predicts *when* the push begins:
+# at first the sign of $u$ is a coin toss, and once experts have learned, $u < 0$ for most tokens.
+# `pull` is the share of an expert's tokens with $u < 0$.
 
 # %%
 pull = np.nan_to_num(one.pull)  # an expert without tokens adds nothing
@@ -294,18 +299,20 @@ print(f"named rightly: {right[0]} by step 0, {right[1]} by 20 steps, of {len(stu
 # from eight clusters, and each cluster has **a job of its own**. Look at your second prediction.
 
 # %%
-eight = rich_get_richer.follow(raw, "eight jobs", seed=0, steps=120, rate=1e-3).trace
-figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.9))
-hundred = rich_get_richer.Trace(*(values[:100] for values in eight))
-pictures.plot_rich_get_richer(axes, hundred, "Eight jobs: the same layer")
-effective = metrics.effective_experts(eight.load[-10:].sum(0))
+eight = rich_get_richer.follow(raw, "eight jobs", seed=0, steps=120, rate=1e-3)
+figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9))
+hundred = rich_get_richer.Trace(*(values[:100] for values in eight.trace))
+pictures.plot_rich_get_richer(axes[:2], hundred, "Eight jobs: the same layer")
+table = eight.firsts / eight.firsts.sum(1, keepdims=True)
+grids.plot_grid(axes[2], table, "after training: shares of\neach cluster's new tokens", "cluster")
+effective = metrics.effective_experts(eight.trace.load[-10:].sum(0))
 print(f"effective experts over the last ten steps: {effective:.2f} of 8")
 
 # %% [markdown]
 # The loop is still there: it works *within* each cluster. Serving a token lowers $u$ for tokens
 # that are like it, and those of other clusters are not: they look different and want something
-# else. So every cluster gets a winner of its own; an expert starves only if it wins no cluster, for
-# instance because another expert won two.
+# else. So every cluster ends with a winner (on the right, each row has one large number), and an
+# expert starves only if it wins no cluster, for instance because another expert won two.
 #
 # ### What made the difference?
 #
@@ -315,25 +322,30 @@ print(f"effective experts over the last ten steps: {effective:.2f} of 8")
 # through the router. (And the clusters differ in their *spread*, the standard deviation around a
 # center: 1 in the one job, 0.5 in the eight.) So we change one at a time: one job around the
 # origin, the same with the smaller spread, and eight jobs that are all moved by one and the same
-# vector. Every number is one seed (four of them, two in the long runs): effective experts over the
+# vector. That makes the vectors of the one job shorter and those of the eight jobs longer, too. So
+# "shorter" and "longer" change the length alone: every vector is multiplied by the same number.
+# Every number is one seed (four of them, two in the last four lines): effective experts over the
 # last tenth of a run, at the learning rate of the table below.
 #
 # > **Predict.** Which of the two collapses, "one job, centered" or "eight jobs, shifted"?
 
 # %%
 short = ("one job", "one job, centered", "eight jobs", "eight jobs, shifted")
+sizes = ("one job, shorter", "eight jobs, longer")
 long = ("one job, centered", "one job, centered, spread 0.5")
-for task, steps in [*((task, 600) for task in short), *((task, 2400) for task in long)]:
+groups = ((short, 600, 4), (sizes, 600, 2), (long, 2400, 2))
+for task, steps, seeds in [(task, *rest) for tasks, *rest in groups for task in tasks]:
     found = []
-    for seed in study.seeds[: 4 if steps == 600 else 2]:
+    for seed in study.seeds[:seeds]:
         load = rich_get_richer.follow(raw, task, seed, steps).trace.load
         found.append(metrics.effective_experts(load[-steps // 10 :].sum(0)))
     print(f"{task:30} {steps:5} steps:", *(f"{effective:5.1f}" for effective in found))
 
 # %% [markdown]
 # The direction decides first. Without it the one job does not collapse in 600 steps; with it even
-# the eight jobs do. So if a router of yours collapses, look at the mean of its inputs: a hypothesis
-# from toy runs, but cheap to test.
+# the eight jobs do. The length alone does neither: the shorter one job collapses all the same, and
+# the longer eight jobs do not. So if a router of yours collapses, look at the mean of its inputs: a
+# hypothesis from toy runs, but cheap to test.
 #
 # What the common *function* does is harder to say. After four times as many steps the one job has
 # collapsed around the origin as well. But with the spread that each of the eight clusters has it
@@ -460,9 +472,9 @@ for ax, task in zip(axes, settings["tasks"], strict=True):
 #
 # - **Noise** is added to the logits before the choice, so that others get a chance. It is
 #   switched off after training. Nothing forbids a collapse.
-# - **Capacity with overflow to the next best expert**: an expert has only so many places;
-#   a choice that finds it full goes to the token's next best one. The load *must* spread, whatever
-#   the router wants.
+# - **Capacity with overflow to the next best expert**: an expert has only so many places (an even
+#   share times the *capacity factor*, as printed with the table); a choice that finds it full goes
+#   to the token's next best one. The load *must* spread, whatever the router wants.
 # - The **Switch loss** is added to the loss, times a small weight:
 #   $$ switch = E \sum_e f[e] \, P[e], \qquad P[e] = \frac1N \sum_n prob[n, e], $$
 #   where $f[e]$ is expert $e$'s share of the choices. Counts have no gradient, so $f$ is a
@@ -592,7 +604,8 @@ print(exercises_07.check_alarm(my_alarm, early, collapsed))
 # - Many models of today balance almost without a loss: every expert has a bias that enters the
 #   choice but not the gate, and is moved by its load (DeepSeek-V3, which keeps a tiny loss beside
 #   it). Here it is `bias_rate`, and `python -m moe_numpy systems deepseek_v3` explains it.
-# - Try it: `rich_get_richer.follow(study.settings()["top-2"], "one job", seed=0)`. Does a second
-#   choice help? Find it in the table first.
+# - Try it: `follow(raw, ...)` above with `study.settings()["top-2"]` in the place of `raw`, on "one
+#   job", for 600 steps. Does a second choice help? Find it in the table first, then compare `.loss`
+#   and the effective experts of `.trace.load`.
 # - Shazeer et al. 2017, *Outrageously Large Neural Networks*, describes the loop in words (section
 #   4); Fedus et al. 2022, *Switch Transformers*, is the source of the Switch loss.

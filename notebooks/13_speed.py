@@ -1,9 +1,10 @@
 # %% [markdown]
 # # 13 What made it fast
 #
-# Plain NumPy is thought of as slow. This page goes through what made the package as fast as PyTorch
-# on one processor and about twice as fast on another, one optimization after the other: the idea, a
-# small calculation or check that you can run, and the gain that was measured.
+# Plain NumPy is thought of as slow. This page goes through what made the package's training steps
+# about as fast as PyTorch's on one processor (some a little slower) and about twice as fast on
+# another, one optimization after the other: the idea, a small calculation or check that you can
+# run, and the gain that was measured. (The races against PyTorch are in the README.)
 #
 # **After this page you can**
 #
@@ -21,7 +22,7 @@ import numpy as np
 from IPython.display import display
 
 from moe_numpy import files
-from moe_numpy.classroom import registry
+from moe_numpy.classroom import exercises_06, registry
 from moe_numpy.config import MoEConfig
 from moe_numpy.lab import bench, bench_pictures, bench_report, pictures
 from moe_numpy.lab.rich_get_richer import FIGURES
@@ -93,12 +94,12 @@ for row in races["rows"]:
         found = row["products"]
         share, over = found["share"]["median"], found["step_over_products"]["median"]
         print(
-            f"{row['name']:8} {found['calls']:4} products: {share:.0%} of the step, "
-            f"which takes {over:.2f} times as long"
+            f"{row['name']:8} {found['calls']:4} products: {share:.0%} of the step; "
+            f"the whole step takes {over:.2f} times as long as they do"
         )
 
 # %% [markdown]
-# So if everything else cost nothing, a step would be faster by the last number, and by no more. All
+# So if everything else cost nothing, a step would be faster by that factor, and by no more. All
 # that follows is about keeping "everything else" small, and about giving the library products that
 # it likes.
 #
@@ -106,8 +107,8 @@ for row in races["rows"]:
 #
 # A processor adds and multiplies whole registers at once. A register of 512 bits holds 16 numbers
 # of 32 bits, but only 8 of 64 bits; and each number that comes from memory takes half the bytes.
-# NumPy computes in float64 unless all its operands are float32, so **one** careless float64 array,
-# such as noise from `rng.standard_normal(shape)`, slows down everything after it.
+# One float64 array among the operands is enough to make NumPy compute in float64, so **one**
+# careless array, such as noise from `rng.standard_normal(shape)`, slows down everything after it.
 
 # %%
 print((np.ones(3, "float32") * np.ones(3)).dtype, (np.ones(3, "float32") * 2.0).dtype)
@@ -133,11 +134,11 @@ print(f"rows in slices: {needed}, rows with padding: {padded}, {padded / needed:
 show("slices")
 
 # %% [markdown]
-# That was a layer whose router is new. The more uneven the counts, the more there is to pad: a
-# router that sends all tokens to one of eight experts pads eightfold. And beside the larger
-# products, the padded rows must be copied to their places and back. (A padded batch is one product:
-# its experts cannot be shared out, nor its few rows be treated as in section 7. In the layer of 128
-# experts the gain of slices contains those two.)
+# That was a layer whose router is new. The more uneven the counts, the more there is to pad: with
+# top-2 of eight experts, a router that always takes the same two pads fourfold. And beside the
+# larger products, the padded rows must be copied to their places and back. (A padded batch is one
+# product: its experts cannot be shared out, nor its few rows be treated as in section 7. In the
+# layer of 128 experts the gain of slices contains those two.)
 #
 # ### The way back is a look-up, too
 #
@@ -274,6 +275,14 @@ for name, row in models.items():
 # one model may have one in another: look for its other rows above. Where a median is well above 1,
 # more rounds on a quieter machine may decide; until then, do not build on it.
 #
+# **Your predictions.** The first is answered in section 2. For the other two, once more the gains
+# of giving each core its own half, of float32, and of an optimizer in blocks:
+
+# %%
+for step in ("shards", "float32", "blocks"):
+    show(step)
+
+# %% [markdown]
 # ## 10. The picture
 
 # %%
@@ -282,24 +291,26 @@ display(bench_pictures.steps_figure(removals))
 # %% [markdown]
 # ## Exercise
 #
-# Your turn: write `dots`, the scalar product of each row of `x` with the same row of `y`, in a way
-# of your own, put it in the place of the package's, and see that it gives the same numbers of the
-# same type, and the layer the same gradient. Then measure both: `%timeit` in a cell of your own.
-# Which shapes favor which?
+# Your turn: write `dots`, the scalar product of each row of `x` with the same row of `y`. They have
+# the same shape, `(..., C)` with any number of axes; the answer has the shape `(..., 1)`. The cell
+# compares it with the package's, puts it in its place, and looks at the gradient of a layer. Find
+# more than one way, then measure them: `%timeit` in a cell of your own. Which shapes favor which?
 
 
 # %%
 def my_dots(x, y):
-    return (x * y).sum(-1, keepdims=True)  # one way; find another
+    raise NotImplementedError("replace this line")
 
 
-mine, plain = my_dots(x_NC, y_NC), rows.dots(x_NC, y_NC)
-print("shape and type:", (mine.shape, mine.dtype) == (plain.shape, plain.dtype), end=", ")
-print("numbers:", np.allclose(mine, plain, atol=1e-5), end=", ")
-with registry.swap("dots", my_dots):
-    _, grads = layer.moe_backward(y_NC, one, layer.moe_forward(x_NC, params, cfg)[-1])
-right = layer.moe_backward(y_NC, one, cache)[1].router.w_CE
-print("gradient of the router:", np.allclose(grads.router.w_CE, right, atol=1e-5))
+x, y = rng.standard_normal((2, 4, 96, 128))
+verdict = exercises_06.verdict(my_dots, (x, y), rows.dots(x, y), {})
+print(verdict)
+if verdict.startswith("right"):
+    with registry.swap("dots", my_dots):
+        _, grads = layer.moe_backward(y_NC, one, layer.moe_forward(x_NC, params, cfg)[-1])
+    mine, right = grads.router.w_CE, layer.moe_backward(y_NC, one, cache)[1].router.w_CE
+    print("type of the gradient:", mine.dtype == right.dtype, end=", ")
+    print("its numbers:", np.allclose(mine, right, atol=1e-5))
 
 # %% [markdown]
 # ## Where to go next

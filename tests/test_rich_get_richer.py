@@ -95,7 +95,7 @@ def test_new_tokens_meet_no_limit(monkeypatch):
 def test_a_run_is_measured_over_its_last_tenth_and_its_clean_choice():
     load = np.repeat([[8, 0, 0, 0], [3, 1, 2, 2]], [18, 2], 0)
     trace = rich_get_richer.Trace(load, *[np.zeros((20, 4))] * 3, np.zeros(20))
-    done = rich_get_richer.Result(trace, None, np.array([5, 5, 0, 0]), 0.6, 0.3, 0.9)
+    done = rich_get_richer.Result(trace, None, np.array([5, 5, 0, 0]), 0.6, None, 0.3, 0.9)
     found = rich_get_richer.measure(done, 7)
     assert (found["share"], found["share_clean"]) == (
         [[0.375, 0.125, 0.25, 0.25]],
@@ -226,6 +226,32 @@ def test_the_controls_differ_from_their_tasks_in_the_common_direction_alone():
     assert not clusters.cluster_task(3, **sizes, **controls["one job, centered"]).center_EC.any()
 
 
+def test_the_controls_of_length_have_the_directions_of_their_task_and_the_length_of_the_other():
+    study = rich_get_richer.Study()
+    tasks, controls = study.tasks(), study.controls()
+    for name, same_length, scaled in (
+        ("one job", "one job, centered", "one job, shorter"),
+        ("eight jobs", "eight jobs, shifted", "eight jobs, longer"),
+    ):
+        x_NC, y_NO = drawn(tasks[name])
+        longer_NC, same_NO = drawn(controls[scaled])
+        wanted_NC, _ = drawn(controls[same_length])
+        factor = np.sqrt((wanted_NC**2).mean() / (x_NC**2).mean())
+        assert abs(factor - 1) > 0.2
+        assert np.allclose(longer_NC, factor * x_NC, rtol=0.05, atol=1e-6)
+        assert np.allclose(same_NO, y_NO, rtol=0, atol=1e-9)
+
+
+def drawn(task):
+    """Draw tokens of 200 tasks of a kind, so that random centers differ little in size."""
+    found = []
+    for seed in range(200):
+        jobs = clusters.cluster_task(seed, width_in=16, width_out=16, **task)
+        found.append(clusters.sample_clusters(seed, jobs, 50, np.float64)[:2])
+    x, y = zip(*found, strict=True)
+    return np.concatenate(x), np.concatenate(y)
+
+
 @pytest.mark.parametrize("knobs", [{"center_scale": -1.0}, {"shift": np.inf}, {"shift": np.nan}])
 def test_a_center_that_is_nowhere_is_refused(knobs):
     with pytest.raises(ValueError, match=f"cluster_task: {next(iter(knobs))} must not be negative"):
@@ -338,6 +364,8 @@ def alarm(share_SE):
         (lambda s: alarm(s.reshape(20, 8)), "but with 16 experts it stopped with ValueError"),
         (lambda s: not alarm(s), "wrong way"),
         (lambda s: bool(metrics.effective_experts(s[-5:].mean(0)) < 4), "number of experts"),
+        (lambda s: bool(s[-1].max() > 0.5), "silent while 2 of 16 experts share all tokens"),
+        (lambda s: bool(metrics.effective_experts(s[-1]) < 1.99), "silent while 2 of 16"),
         (lambda s: metrics.effective_experts(s).mean(), "True or False"),
         (lambda s: s[99].max() > 0.5, "IndexError"),
     ],

@@ -52,8 +52,8 @@ def check_dispatch_backward(fn: Callable) -> str:
     second = verdict(fn, few, _sent_back(*few), {})
     if not second.startswith("right"):
         return (
-            f"{first}; but where choices were dropped, so that tokens have fewer rows and the "
-            f"last one has none: {second}"
+            "it works where every token has all its rows; but where choices were dropped, so that "
+            f"tokens have fewer rows and the last one has none: {second}"
         )
     return first
 
@@ -267,11 +267,11 @@ def _cause(
     factor = float((answer * right).sum() / (right * right).sum())
     if _equal(answer, factor * right):
         return f"everything is {factor:.4g} times what it should be"
-    n, i = np.unravel_index(int(off.argmax()), off.shape)
+    place = tuple(map(int, np.unravel_index(off.argmax(), off.shape)))
     count = int((off > CLOSE * np.abs(right).max()).sum())
     return (
-        f"{count} of {right.size} numbers differ, most at [{n}, {i}]: "
-        f"yours {answer[n, i]:.6g}, the judge's {right[n, i]:.6g}"
+        f"{count} of {right.size} numbers differ, most at {list(place)}: "
+        f"yours {answer[place]:.6g}, the judge's {right[place]:.6g}"
     )
 
 

@@ -177,6 +177,18 @@ def check_alarm(
                 f"{score}, but it rings for {other} experts with equal shares: compare with the "
                 "number of experts, share_SE.shape[1]."
             )
+    for other in (2 * E, 4 * E):
+        busy = max(1, other // 8)
+        few = np.zeros((S, other))
+        few[:, :busy] = 1.0 / busy
+        came, problem = _call(alarm, few, todo="the alarm")
+        if problem:
+            return f"{score}, but with {other} experts {problem}"
+        if not came:
+            return (
+                f"{score}, but it is silent while {busy} of {other} experts share all tokens: "
+                "compare with the number of experts, share_SE.shape[1]."
+            )
     hidden = np.zeros((S, E))
     hidden[:, 0] = 1.0
     hidden[0] = 1.0 / E

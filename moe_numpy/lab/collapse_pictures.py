@@ -25,7 +25,7 @@ def plot_push(ax: Axes) -> Axes:
     )
     ax.axhline(0, color=plots.NEUTRAL, linewidth=0.8)
     ax.set(
-        xlabel="prob[n, c], the chosen expert's gate", ylabel="push on the logits,\nunits of |u|"
+        xlabel="prob[n, a], the chosen expert's gate", ylabel="push on the logits,\nunits of |u|"
     )
     ax.set_title("One token that is served well (u < 0)")
     ax.legend(fontsize=8, loc="upper right", frameon=False)

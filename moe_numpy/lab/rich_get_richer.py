@@ -11,6 +11,7 @@ of inputs and targets.
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import time
 from pathlib import Path
@@ -52,13 +53,19 @@ class Study:
         """Name tasks that are not in the record: those above without, or with, a common direction.
 
         In "one job" all inputs share the direction of their center; in "eight jobs" they do not.
-        The last differs from the first in the spread alone.
+        "Shorter" and "longer" leave the directions as they are, and have inputs of the length
+        (root mean square) of the centered and of the shifted ones. The last differs from the
+        first in the spread alone.
         """
-        tasks = self.tasks()
-        centered = tasks["one job"] | {"center_scale": 0.0}
+        one, eight = self.tasks().values()
+        centered = one | {"center_scale": 0.0}
+        shorter = one["spread"] / math.hypot(1, one["spread"])  # of centers of length one
+        longer = math.hypot(1, 1, eight["spread"]) / math.hypot(1, eight["spread"])
         return {
             "one job, centered": centered,
-            "eight jobs, shifted": tasks["eight jobs"] | {"shift": 1.0},
+            "one job, shorter": _scaled(one, shorter),
+            "eight jobs, shifted": eight | {"shift": 1.0},
+            "eight jobs, longer": _scaled(eight, longer),
             "one job, centered, spread 0.5": centered | {"spread": 0.5},
         }
 
@@ -84,6 +91,10 @@ class Study:
     def definition(self) -> str:
         """Say what collapse means here."""
         return collapse.define("run", self.num_experts)
+
+
+def _scaled(task: dict[str, float], factor: float) -> dict[str, float]:
+    return task | {"center_scale": factor, "spread": factor * task["spread"]}
 
 
 class Trace(NamedTuple):
@@ -114,6 +125,7 @@ class Result(NamedTuple):
 
     wished        (E,): choices of the clean router, without noise and limits
     decisiveness  its mean largest probability
+    firsts        (clusters, E): how many tokens of each cluster have each expert as first choice
     information   mutual information of true cluster and first choice, in nats
     loss          mean squared error; about 1 for the answer zero, since targets have variance 1
     """
@@ -122,6 +134,7 @@ class Result(NamedTuple):
     params: layer.MoEParams
     wished: np.ndarray
     decisiveness: float
+    firsts: np.ndarray
     information: float
     loss: float
 
@@ -205,14 +218,15 @@ def _test(
     moe: MoEConfig,
     rng: np.random.Generator,
     study: Study,
-) -> tuple[np.ndarray, float, float, float]:
+) -> tuple[np.ndarray, float, np.ndarray, float, float]:
     x_NC, target_NC, cluster_N = clusters.sample_clusters(rng, jobs, study.test_tokens)
     y_NC, _, report, _ = layer.moe_forward(x_NC, params, moe.evaluation())
     first_N = router.top_k(x_NC @ params.router.w_CE, 1)[:, 0]
-    table = np.zeros((len(jobs.center_EC), moe.num_experts))
-    np.add.at(table, (cluster_N, first_N), 1)
+    firsts = np.zeros((len(jobs.center_EC), moe.num_experts), int)
+    np.add.at(firsts, (cluster_N, first_N), 1)
     loss = float(((y_NC - target_NC) ** 2).mean())
-    return report.wished_E, float(report.decisiveness), mutual_information(table), loss
+    decisiveness = float(report.decisiveness)
+    return report.wished_E, decisiveness, firsts, mutual_information(firsts), loss
 
 
 def mutual_information(table: np.ndarray) -> float:
