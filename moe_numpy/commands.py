@@ -178,7 +178,7 @@ def generate(options: argparse.Namespace) -> int:
         text = "\n" if "\n" in alphabet else alphabet[0]
     prompt = data.encode(text, alphabet)
     if options.tokens < 0:
-        raise ValueError(f"--tokens must not be negative, got {options.tokens}. Use 200.")
+        raise ValueError(f"--tokens must not be negative, got {options.tokens}. Use 300.")
     _require_seed(options.seed)
     new = generation.generate(
         prompt,

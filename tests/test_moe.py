@@ -417,6 +417,23 @@ def test_a_router_starts_with_the_deviation_of_its_configuration(std):
     assert start.w_CE.std() == pytest.approx(std, rel=0.05)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("gates", ["raw", "renormalized"])
+def test_an_expert_that_is_switched_off_is_chosen_last_and_adds_nothing(score, gates):
+    knobs = {"score": score, "gate_weights": gates, "router_bias": True}
+    both, alone = config(top_k=2, num_experts=2, **knobs), config(top_k=1, num_experts=2, **knobs)
+    params = layer.init_moe(0, both, C, "float64")
+    params.router.offset_E[1] = -np.inf
+    x_NC = np.random.default_rng(1).standard_normal((6, C))
+    y_NC, _, facts, cache = layer.moe_forward(x_NC, params, both)
+    assert facts.load_E.tolist() == [6, 6] and np.isfinite(facts.gate_entropy)
+    assert np.allclose(y_NC, layer.moe_forward(x_NC, params, alone)[0], rtol=1e-12, atol=0)
+    dx_NC, _ = layer.moe_backward(y_NC, 0.0, cache)
+    bumped_NC = x_NC + 1e-6 * x_NC
+    moved = ((layer.moe_forward(bumped_NC, params, both)[0] - y_NC) * y_NC).sum() / 1e-6
+    assert moved == pytest.approx((dx_NC * x_NC).sum(), rel=1e-4)
+
+
 def test_top_k_takes_the_best_first_and_the_lower_index_of_equal_ones():
     score_NE = np.random.default_rng(0).integers(0, 3, (40, 6)).astype(float)
     given = score_NE.copy()

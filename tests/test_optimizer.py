@@ -138,7 +138,7 @@ def test_biases_of_heads_and_experts_do_not_decay_although_they_have_two_axes():
     run = loop.new_run(tiny.corpus(), tiny.model(moe, **flavors), tiny.training())
     ones = tree.map(np.ones_like, run.params)
     zero = tree.map(np.zeros_like, ones)
-    optimizer.update(ones, zero, run.state, SGD(weight_decay=0.5), 0, 0.1)
+    optimizer.update(ones, zero, optimizer.init_state(ones, SGD()), SGD(weight_decay=0.5), 0, 0.1)
     leaves = tree.named_leaves(ones)
     spared = {name.rpartition(".")[2] for name, leaf in leaves if (leaf == 1).all()}
     assert spared >= {"q_HD", "k_GD", "v_GD", "out_C", "sink_H", "in_EF", "up_EF", "out_EC"}

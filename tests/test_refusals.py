@@ -77,7 +77,7 @@ TABLE = [
     ([*TRAIN, "--rate", "nan"], r"rate must be positive and finite, got nan"),
     ([*TRAIN, "--final-rate", "inf"], r"final_rate must .*got inf"),
     ([*TRAIN, "--warmup", "-1"], r"warmup must .*got -1"),
-    ([*TRAIN, "--warmup", "1" * 400], r"warmup must be below 2\*\*63, got 1+\. Use"),
+    ([*TRAIN, "--warmup", "1" * 400], r"warmup must be below 2\*\*63, got 1+\. Take"),
     ([*TRAIN, "--seed", "-1"], r"seed must .*got -1"),
     ([*TRAIN, "--clip", "-1"], r"clip must be positive and finite, got -1\.0"),
     ([*TRAIN, "--smoothing", "1"], r"smoothing < 1, got 1\.0"),
@@ -225,8 +225,8 @@ def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys):
 
 def test_more_layers_than_a_float_can_count_are_refused_in_one_line(capsys):
     told = complaint(main(capsys, *TRAIN, "--layers", str(10**400), status=1).err)
-    assert told.startswith("moe_numpy train: error: int too large")
-    assert told.endswith("Take smaller numbers.")
+    assert told.startswith("moe_numpy train: error: ModelConfig: layers must be below 2**63")
+    assert told.endswith("Take a smaller one.")
 
 
 def test_a_capacity_without_end_is_that_of_all_choices(capsys):

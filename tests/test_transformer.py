@@ -655,10 +655,14 @@ CHANGES = {
     "position_TC": {"positions": "rotary"},
     "head_CV": {"tied": False},
     "norm.bias_C": {"norm": "rmsnorm"},
-    "blocks.0.q_CHD": {"heads": 1},
-    "blocks.0.k_CGD": {"kv_heads": 1},
-    "blocks.0.sink_H": {"sinks": True},
-    "norms after branches in layer 0": {"sandwich": True},
+    "blocks.0.attention.q_CHD": {"heads": 1},
+    "blocks.0.attention.k_CGD": {"kv_heads": 1},
+    "blocks.0.attention.q_HD": {"attention_bias": True},
+    "blocks.0.attention.q_gain": {"qk_norm": "head"},
+    "blocks.0.attention.sink_H": {"sinks": True},
+    "blocks.0.norm_1_post.gain_C": {"sandwich": True},
+    "blocks.0.feed.in_CF": {"hidden": 5},
+    "blocks.0.feed.up_CF": {"activation": "swiglu"},
     "experts in layer 0": {"moe": EXPERTS, "hidden": None},
 }
 
@@ -669,6 +673,64 @@ def test_parameters_of_another_configuration_are_refused_by_name(name):
     other = dataclasses.replace(cfg, **CHANGES[name])
     with pytest.raises(ValueError, match=f"model_forward: {name} must be .* Draw"):
         model.model_forward(np.zeros((1, 2), int), draw(0, cfg), other)
+
+
+def test_parameters_with_more_than_the_configuration_says_are_refused():
+    cfg = config()
+    for extra in ({"attention_bias": True}, {"qk_norm": "full"}, {"activation": "geglu"}):
+        more = draw(0, dataclasses.replace(cfg, **extra))
+        with pytest.raises(ValueError, match="must be None, as the configuration says"):
+            model.model_forward(np.zeros((1, 2), int), more, cfg)
+    half = draw(0, cfg)
+    half = half._replace(blocks=tuple(tree.map(lambda leaf: leaf.astype("float32"), half.blocks)))
+    with pytest.raises(ValueError, match=r"the type of blocks\.0\.norm_1\.gain_C must be float64"):
+        model.model_forward(np.zeros((1, 2), int), half, cfg)
+    whole = tree.map(lambda leaf: leaf.astype("float16"), half)
+    with pytest.raises(ValueError, match="type of the parameters must be one of 'float32', 'fl"):
+        next(generation.generate(np.zeros(1, int), whole, cfg, 1))
+
+
+def test_upstream_gradients_of_another_form_are_refused():
+    cfg = config()
+    token = np.zeros((2, 3), int)
+    logits, _, _, cache = model.model_forward(token, draw(0, cfg), cfg)
+    for wrong in (logits.swapaxes(0, 1), logits[0], logits.astype("float32"), logits.tolist()):
+        with pytest.raises(ValueError, match="model_backward: dlogits must"):
+            model.model_backward(wrong, 1.0, cache)
+    for wrong in (None, np.ones(4), [1.0]):
+        with pytest.raises(ValueError, match="model_backward: daux must be one number"):
+            model.model_backward(logits, wrong, cache)
+    _, _, cache = model.loss_forward(token, token, draw(0, cfg), cfg)
+    with pytest.raises(ValueError, match="loss_backward: dloss must be one number, got NoneType"):
+        model.loss_backward(None, cache)
+    with pytest.raises(ValueError, match=r"loss_forward: tokens must be an array, got list\. Make"):
+        model.loss_forward([[1]], [[1]], draw(0, cfg), cfg)
+
+
+@pytest.mark.parametrize(("norm", "positions"), [("layernorm", "learned"), ("rmsnorm", "rotary")])
+def test_rows_too_large_to_square_are_not_silently_zero(norm, positions):
+    cfg = dataclasses.replace(config(), norm=norm, positions=positions)
+    params = model.init_model(0, cfg)
+    params = params._replace(token_VC=params.token_VC * np.float32(1e21))
+    token = np.array([[0, 1, 2]])
+    logits, *_ = model.model_forward(token, params, cfg)
+    assert np.isnan(logits).all()
+    words = "generate: the model must predict finite logits"
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match=words):
+        list(generation.generate(token[0], params, cfg, 2, temperature=0))
+
+
+def test_generation_with_an_expert_that_is_switched_off_agrees_with_the_forward():
+    moe = MoEConfig(num_experts=3, top_k=3, hidden=5, router_bias=True, gate_weights="raw")
+    cfg = dataclasses.replace(config(), moe=moe, hidden=None)
+    params = draw(0, cfg)
+    for own in params.blocks:
+        own.feed.router.offset_E[:2] = -np.inf
+    token = np.array([1])
+    written = list(generation.generate(token, params, cfg, 3, temperature=0))
+    whole = np.array([[1, *written]])
+    logits, *_ = model.model_forward(whole, params, cfg)
+    assert logits[0, :-1].argmax(1).tolist() == written
 
 
 @pytest.mark.parametrize(("noise", "words"), [((None,), "arrays of noise"), ((1, 1), "without")])

@@ -91,11 +91,13 @@ class ModelConfig:
         rules.one_of(WHO, "positions", self.positions, ("learned", "rotary"))
         rules.one_of(WHO, "qk_norm", self.qk_norm, (None, "head", "full", "l2"))
         rules.one_of(WHO, "balance_over_layers", self.balance_over_layers, ("sum", "mean"))
-        for name in ("norm_eps", "theta", "embedding_scale", "logit_scale"):
+        rules.normal(WHO, "norm_eps", self.norm_eps, "Use 1e-5.")
+        for name in ("theta", "embedding_scale", "logit_scale"):
             rules.positive(WHO, name, getattr(self, name), "")
-        for name in ("logit_cap", "attention_scale"):
-            if getattr(self, name) is not None:
-                rules.positive(WHO, name, getattr(self, name), "Or None.")
+        if self.logit_cap is not None:
+            rules.normal(WHO, "logit_cap", self.logit_cap, "Or None.")
+        if self.attention_scale is not None:
+            rules.positive(WHO, "attention_scale", self.attention_scale, "Or None.")
         switches = ("sandwich", "attention_bias", "sinks", "tied", "causal", "extra_ffn")
         for name in (*switches, "recompute"):
             rules.instance(WHO, name, getattr(self, name), (bool,))

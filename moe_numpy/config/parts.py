@@ -25,7 +25,7 @@ class LearnedNoise:
 
     def __post_init__(self) -> None:
         rules.plain_numbers(self)
-        rules.positive("LearnedNoise", "floor", self.floor, "Use 0.01.")
+        rules.normal("LearnedNoise", "floor", self.floor, "Use 0.01.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class GaussianNoise:
 
     def __post_init__(self) -> None:
         rules.plain_numbers(self)
-        rules.positive("GaussianNoise", "std", self.std, "Or noise=None.")
+        rules.normal("GaussianNoise", "std", self.std, "Or noise=None.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

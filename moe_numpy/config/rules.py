@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from numbers import Integral, Real
 from typing import Any
+
+LARGEST = sys.float_info.max
 
 
 def require(fine: bool, who: str, rule: str, came: Any, advice: str) -> None:
@@ -33,10 +35,17 @@ def one_of(who: str, name: str, came: Any, allowed: tuple) -> None:
     require(fine, who, f"{name} must be one of {choices}", repr(came), "")
 
 
+def array(who: str, name: str, came: Any) -> None:
+    """Refuse what is not an array, such as a list."""
+    fine, kind = hasattr(came, "dtype") and hasattr(came, "shape"), type(came).__name__
+    require(fine, who, f"{name} must be an array", kind, "Make one of it: np.asarray.")
+
+
 def whole_number(who: str, name: str, came: Any, least: int) -> None:
-    """Refuse what is not a whole number of at least `least`."""
+    """Refuse what is not a whole number of at least `least`, or more than any array could hold."""
     fine = isinstance(came, Integral) and not isinstance(came, bool) and came >= least
     require(fine, who, f"{name} must be a whole number of at least {least}", repr(came), "")
+    require(came < 2**63, who, f"{name} must be below 2**63", came, "Take a smaller one.")
 
 
 def instance(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
@@ -48,13 +57,20 @@ def instance(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
 def not_negative(who: str, name: str, came: Any) -> None:
     """Refuse what is negative or not finite."""
     rule = f"{name} must not be negative, and finite"
-    require(_is_number(came) and 0 <= came < math.inf, who, rule, repr(came), "Use 0 for none.")
+    require(_is_number(came) and 0 <= came <= LARGEST, who, rule, repr(came), "Use 0 for none.")
 
 
 def positive(who: str, name: str, came: Any, advice: str) -> None:
     """Refuse what is not positive or not finite."""
-    fine = _is_number(came) and 0 < came < math.inf
+    fine = _is_number(came) and 0 < came <= LARGEST
     require(fine, who, f"{name} must be positive and finite", repr(came), advice)
+
+
+def normal(who: str, name: str, came: Any, advice: str) -> None:
+    """Refuse what is not positive, not finite, or so small that float32 may take it for zero."""
+    positive(who, name, came, advice)
+    rule = f"{name} must be at least 2**-126: float32 may take less for zero"
+    require(came >= 2.0**-126, who, rule, repr(came), advice)
 
 
 def share(who: str, name: str, came: Any, advice: str = "") -> None:
@@ -79,4 +95,4 @@ def _plain(came: Any) -> Any:
 
 
 def _is_number(came: Any) -> bool:
-    return isinstance(came, int | float) and not isinstance(came, bool)
+    return isinstance(_plain(came), int | float) and not isinstance(came, bool)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from moe_numpy.backend import Array
-from moe_numpy.config import Hierarchy, LearnedNoise, MoEConfig, SoftSlots
+from moe_numpy.backend import Array, xp
+from moe_numpy.config import Hierarchy, LearnedNoise, MoEConfig, SoftSlots, rules
 from moe_numpy.moe import hierarchy, router, soft
 
 if TYPE_CHECKING:
@@ -17,8 +18,11 @@ def check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -
 
     Raises     ValueError
     """
+    rules.array("moe_forward", "x", x_NC)
     in_ECF = params.experts.in_ECF
     E, C, F = in_ECF.shape
+    kinds = ("float32", "float64")
+    rules.one_of("moe_forward", "the type of the parameters", str(in_ECF.dtype), kinds)
     if (E, F) != (cfg.num_experts, cfg.hidden):
         raise ValueError(
             f"moe_forward: the parameters must be of {cfg.num_experts} experts of hidden width "
@@ -49,19 +53,35 @@ def check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -
             f"parameters have, got {x_NC.shape} and {x_NC.dtype}. Reshape or convert it."
         )
     if noise is not None:
+        rules.array("moe_forward", "the noise", noise)
         router.check_noise(noise, cfg, *x_NC.shape, in_ECF.dtype)
 
 
-def check_upstream(dy_NC: Array, shape: tuple[int, ...], dtype: Any) -> None:
+def check_upstream(who: str, name: str, came: Array, shape: tuple[int, ...], dtype: Any) -> None:
     """Refuse a gradient that is not like the result it belongs to, before NumPy broadcasts it.
 
     Raises     ValueError
     """
-    if dy_NC.shape != shape or dy_NC.dtype != dtype:
+    rules.array(who, name, came)
+    if came.shape != shape or came.dtype != dtype:
         raise ValueError(
-            f"moe_backward: dy must have the shape {shape} and the type {dtype} of y, got "
-            f"{dy_NC.shape} and {dy_NC.dtype}. Reshape or convert it."
+            f"{who}: {name} must have the shape {shape} and the type {dtype} of {name[1:]}, got "
+            f"{came.shape} and {came.dtype}. Reshape or convert it."
         )
+
+
+def upstream_number(who: str, name: str, came: Any, dtype: Any) -> Array:
+    """Take the gradient of one number, and refuse anything else.
+
+    Raises     ValueError
+    """
+    if not isinstance(came, Real) and getattr(came, "shape", None) != ():
+        shape = getattr(came, "shape", None)
+        kind = type(came).__name__ if shape is None else f"the shape {shape}"
+        raise ValueError(
+            f"{who}: {name} must be one number, got {kind}. Pass 1.0, or 0.0 for none."
+        )
+    return xp.asarray(came, dtype)
 
 
 def _kind_of_router(cfg: MoEConfig) -> type:

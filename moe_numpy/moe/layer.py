@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from numpy.random import Generator
+from numpy.random import Generator, default_rng
 
 from moe_numpy.backend import Array, Cache, xp
 from moe_numpy.config import Hierarchy, MoEConfig, SoftSlots, rules
@@ -23,12 +23,18 @@ class MoEParams(NamedTuple):
     shared: shared.SharedParams | None = None
 
 
-def init_moe(rng: Generator, cfg: MoEConfig, width: int, dtype: str, depth: int = 1) -> MoEParams:
+def init_moe(
+    rng: Generator | int, cfg: MoEConfig, width: int, dtype: str, depth: int = 1
+) -> MoEParams:
     """Draw a router and its experts; `depth` is explained in `init_experts`.
 
-    Raises     ValueError if `dtype` is not "float32" or "float64"
+    `rng` is anything that `numpy.random.default_rng` takes: a generator, or a seed.
+
+    Raises     ValueError if `dtype` is not "float32" or "float64", or `width` is not positive
     """
     rules.one_of("init_moe", "dtype", dtype, ("float32", "float64"))
+    rules.whole_number("init_moe", "width", width, 1)
+    rng = default_rng(rng)
     init_routing = router.init_router
     if isinstance(cfg.selection, Hierarchy):
         init_routing = hierarchy.init_hierarchy
@@ -101,11 +107,11 @@ def moe_backward(dy_NC: Array, daux: Array, cache: Cache) -> tuple[Array, MoEPar
     which experts were chosen and who got a place are constants.
 
     Shapes     dy_NC (N, C), daux () -> dx_NC (N, C), grads
-    Raises     ValueError if dy is not of the shape and type of y
+    Raises     ValueError if dy is not of the shape and type of y, or daux is not one number
     """
     cfg, parts, shared_cache, result = cache
-    fit.check_upstream(dy_NC, *result)
-    daux = xp.asarray(daux, dy_NC.dtype)
+    fit.check_upstream("moe_backward", "dy", dy_NC, *result)
+    daux = fit.upstream_number("moe_backward", "daux", daux, dy_NC.dtype)
     dx_shared_NC, dshared = None, None
     if shared_cache is not None:  # 5.
         dx_shared_NC, dshared = shared.shared_backward(dy_NC, shared_cache)

@@ -41,7 +41,8 @@ def make_report(
     best = xp.arange(N), prob_NE.argmax(1)
     top_N = prob_NE[best]
     if score == "softmax":
-        entropy_N = logit_NE[best] - xp.log(top_N) - rows.dots(prob_NE, logit_NE)[:, 0]
+        finite_NE = rows.finite_below(logit_NE)  # 0 times minus infinity would be NaN
+        entropy_N = logit_NE[best] - xp.log(top_N) - rows.dots(prob_NE, finite_NE)[:, 0]
     else:
         entropy_N = -rows.dots(prob_NE, xp.log(xp.maximum(prob_NE, 1e-30)))[:, 0]
     return MoEReport(

@@ -164,8 +164,9 @@ def top_k(score_NE: Array, k: int) -> Array:
 
     A discrete decision: it has no gradient. Repeated argmax beats sorting for the small k in use.
 
-    Shapes     score_NE (N, E) -> expert_NK (N, k) integers, all different in a row if at least k
-               of its scores are above minus infinity
+    Minus infinity is the worst of scores, but one that can be chosen where nothing else is left.
+
+    Shapes     score_NE (N, E), k at most E -> expert_NK (N, k) integers, all different in a row
     """
     expert_NK = xp.empty((score_NE.shape[0], k), xp.intp)
     rows.in_blocks(_top_k, score_NE, expert_NK)
@@ -173,7 +174,7 @@ def top_k(score_NE: Array, k: int) -> Array:
 
 
 def _top_k(score_NE: Array, expert_NK: Array) -> None:
-    token_N, remaining_NE = xp.arange(len(score_NE)), score_NE.copy()
+    token_N, remaining_NE = xp.arange(len(score_NE)), rows.finite_below(score_NE)
     for choice in range(expert_NK.shape[1]):
         best_N = remaining_NE.argmax(1)
         expert_NK[:, choice] = best_N

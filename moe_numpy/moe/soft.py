@@ -15,7 +15,7 @@ from numpy.random import Generator
 from moe_numpy.backend import Array, Cache, to_device, xp
 from moe_numpy.config import MoEConfig
 from moe_numpy.moe.report import MoEReport
-from moe_numpy.ops import softmax
+from moe_numpy.ops import norm, softmax
 
 
 class SoftParams(NamedTuple):
@@ -46,7 +46,7 @@ def l2_normalize_forward(x: Array, eps: float = 1e-6) -> tuple[Array, Cache]:
     Cache      (y, r): r = 1 / sqrt(sum(x^2) + eps), shape (..., 1)
     Source     Puigcerver et al. 2024, From Sparse to Soft Mixtures of Experts, section 2.3
     """
-    r = 1.0 / xp.sqrt((x * x).sum(-1, keepdims=True) + eps)
+    r = norm.inverse_root((x * x).sum(-1, keepdims=True) + eps)
     y = x * r
     return y, (y, r)
 

@@ -17,10 +17,15 @@ def cross_entropy_forward(
     Shapes     logits_NV (N, V); target_N (N,) integers -> loss ()
     Units      nats per token; no tokens at all give zero
     Cache      (y_NV, target_N, smoothing): 4*N*V bytes in float32
-    Raises     ValueError if a target is outside the vocabulary
+    Raises     ValueError if there is not one target for each row, or one is outside the vocabulary
     Source     Szegedy et al. 2016, Rethinking the Inception Architecture, section 7 (smoothing)
     """
     N, V = logits_NV.shape
+    if target_N.shape != (N,):
+        raise ValueError(
+            f"cross_entropy_forward: targets must have the shape ({N},), one for each row of the "
+            f"logits, got {target_N.shape}. Reshape them."
+        )
     linear.check_vocabulary("cross_entropy_forward", target_N, V)
     y_NV, _ = softmax.log_softmax_forward(logits_NV)  # 1. log-probabilities
     hit_N = y_NV[xp.arange(N), target_N]

@@ -6,6 +6,16 @@ from moe_numpy.backend import Array, Cache, xp
 from moe_numpy.ops import rows
 
 
+def inverse_root(square: Array) -> Array:
+    """Compute 1 / sqrt(square), and NaN where the squares were too large for their type.
+
+    There 1 / infinity is zero: the norm would silently make zeros of its largest rows.
+
+    Shapes     square (...) -> (...)
+    """
+    return xp.where(square < xp.inf, 1.0 / xp.sqrt(square), xp.nan)
+
+
 def rms_norm_forward(x: Array, gain_C: Array | None, eps: float = 1e-5) -> tuple[Array, Cache]:
     """Divide each row by its root mean square, then scale every channel.
 
@@ -15,7 +25,7 @@ def rms_norm_forward(x: Array, gain_C: Array | None, eps: float = 1e-5) -> tuple
     Cache      (unit, r, gain_C): unit = x * r, as large as x
     Source     Zhang and Sennrich 2019, Root Mean Square Layer Normalization, eq. 4
     """
-    r = 1.0 / xp.sqrt(rows.dots(x, x) / x.shape[-1] + eps)  # 1. inverse size
+    r = inverse_root(rows.dots(x, x) / x.shape[-1] + eps)  # 1. inverse size
     unit = x * r  # 2. unit size
     return unit if gain_C is None else gain_C * unit, (unit, r, gain_C)  # 3. gain
 
@@ -52,7 +62,7 @@ def layer_norm_forward(
     Source     Ba et al. 2016, Layer Normalization, eq. 4; the variance is the population's
     """
     unit = x - rows.mean(x)  # 1. mean zero
-    r = 1.0 / xp.sqrt(rows.dots(unit, unit) / x.shape[-1] + eps)  # 2. inverse deviation
+    r = inverse_root(rows.dots(unit, unit) / x.shape[-1] + eps)  # 2. inverse deviation
     unit *= r  # 3. variance one
     y = gain_C * unit  # 4. gain and bias
     y += bias_C

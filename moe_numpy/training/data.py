@@ -79,8 +79,10 @@ def encode(text: str, alphabet: str) -> np.ndarray:
     Raises
     ------
     ValueError
-        if a character is not in the alphabet.
+        if a character is not in the alphabet, or that is empty.
     """
+    if not alphabet:
+        raise ValueError("encode: the alphabet must hold a character, got none. Give one.")
     known, wanted = _code_points(alphabet), _code_points(text)
     ids = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     missing = np.flatnonzero(known[ids] != wanted)

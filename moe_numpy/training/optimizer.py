@@ -68,16 +68,29 @@ def update(
     scale : factor on every gradient (the clipping).
     share : the slice of the jobs to do; slice(i, None, n) for i = 0 to n - 1 are all of them
         together, in parts of about equal work.
+
+    Raises     ValueError if gradients or state are not those of the parameters and configuration
     """
+    adam = isinstance(cfg, AdamW)
+    if adam != (state.second is not None):
+        raise ValueError(
+            f"update: the state must be that of {type(cfg).__name__}, got that of another "
+            "optimizer. Make it with `init_state` for this configuration."
+        )
     seconds = tree.leaves(state.second)  # none for SGD
     leaves = zip(
         tree.named_leaves(params), tree.leaves(grads), tree.leaves(state.first), strict=True
     )
     jobs = []
     for i, ((name, p), g, first) in enumerate(leaves):
+        if g.shape != p.shape:
+            raise ValueError(
+                f"update: the gradient of {name} must have the shape {p.shape}, got {g.shape}. "
+                "Pass gradients of the same parameters."
+            )
         decayed = p.ndim > 1 and name.rpartition(".")[2] not in BIASES
         decay = 1.0 - rate * cfg.weight_decay if decayed else 1.0
-        if isinstance(cfg, AdamW):
+        if adam:
             arrays = (p, g, first, seconds[i])
             for part in _busy_experts(name, arrays) if cfg.skip_idle else [arrays]:
                 jobs.append((_adamw, (*part, cfg, step, rate, scale, decay)))

@@ -49,8 +49,9 @@ def cut(
 ) -> list[tuple]:
     """Cut a batch into shards: a list of (tokens, targets, noise).
 
-    Raises     ValueError if they cannot be of the same size
+    Raises     ValueError if they cannot be of the same size, or there is none
     """
+    rules.whole_number("shards", "their number", shards, 1)
     B, T = token_BT.shape
     fine, rule = B > 0 and B % shards == 0, f"a batch must be a multiple of the shards ({shards})"
     rules.require(fine, "shards", rule, f"{B} sequences", "Choose another number of shards.")

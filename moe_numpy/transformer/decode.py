@@ -124,7 +124,8 @@ def _normalize(x_C: Array, params: block.NormParams, eps: float) -> Array:
     if params.bias_C is not None:
         x_C = x_C - x_C.sum() / x_C.size
     n_C = x_C * params.gain_C
-    n_C *= 1.0 / math.sqrt(x_C.dot(x_C) / x_C.size + eps)
+    square = x_C.dot(x_C) / x_C.size + eps
+    n_C *= 1.0 / math.sqrt(square) if square < math.inf else math.nan
     return n_C if params.bias_C is None else n_C + params.bias_C
 
 
@@ -194,6 +195,8 @@ def _choose(
     (read,), (rank,), chosen = read_NE.tolist(), rank_NE.tolist(), []
     for _ in range(cfg.top_k):  # 3. choice
         best = rank.index(max(rank))
+        if best in chosen:  # all that are left are minus infinity
+            best = next(e for e in range(len(rank)) if e not in chosen)
         rank[best] = -math.inf
         chosen.append(best)
     gates = [read[e] for e in chosen]  # 4. gates

@@ -12,7 +12,7 @@ from numpy.random import Generator, default_rng
 from moe_numpy.backend import Array, on_host, to_device, to_host, xp
 from moe_numpy.config import ModelConfig, rules
 from moe_numpy.ops import linear, softmax
-from moe_numpy.transformer import attention, decode, model
+from moe_numpy.transformer import attention, decode, fit, model
 
 SLACK = 16 * 2.0**-52  # relative: 16 units in the last place of float64
 
@@ -84,7 +84,8 @@ def generate(
     ------
     ValueError
         if the prompt is empty or holds a token outside the vocabulary, a knob is out of range,
-        the model is not causal, or its logits are not finite.
+        the parameters are not those of the configuration, the model is not causal, or its logits
+        are not finite.
     """
     if not cfg.causal:
         raise ValueError(
@@ -99,6 +100,7 @@ def generate(
     if not prompt_T.size:
         raise ValueError("generate: the prompt must hold at least one token, got none. Give one.")
     rules.whole_number("generate", "tokens", tokens, 0)
+    fit.check_parameters("generate", params, cfg)
     linear.check_vocabulary("generate", prompt_T, cfg.vocab_size)
     history = [int(token) for token in prompt_T]
     knobs = (temperature, top_k, top_p)

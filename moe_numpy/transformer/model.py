@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from numpy.random import Generator
+from numpy.random import Generator, default_rng
 
 from moe_numpy import tree
 from moe_numpy.backend import Array, Cache, memory, to_device, xp
 from moe_numpy.config import ModelConfig, rules
-from moe_numpy.moe import layer as moe_layer
+from moe_numpy.moe import fit as moe_fit
 from moe_numpy.moe import router
 from moe_numpy.moe.report import MoEReport
 from moe_numpy.ops import linear, loss
-from moe_numpy.transformer import attention, block
+from moe_numpy.transformer import attention, block, fit
 
 
 class ModelParams(NamedTuple):
@@ -34,12 +34,15 @@ class LossReport(NamedTuple):
     layers: tuple[MoEReport, ...]
 
 
-def init_model(rng: Generator, cfg: ModelConfig, dtype: str = "float32") -> ModelParams:
+def init_model(rng: Generator | int, cfg: ModelConfig, dtype: str = "float32") -> ModelParams:
     """Draw all parameters (normal, deviation 0.02; see the parts); they lie in one block of memory.
+
+    `rng` is anything that `numpy.random.default_rng` takes: a generator, or a seed.
 
     Raises     ValueError if `dtype` is not "float32" or "float64"
     """
     rules.one_of("init_model", "dtype", dtype, ("float32", "float64"))
+    rng = default_rng(rng)
     V, C = cfg.vocab_size, cfg.width
     learned = cfg.positions == "learned"
     params = ModelParams(
@@ -53,9 +56,17 @@ def init_model(rng: Generator, cfg: ModelConfig, dtype: str = "float32") -> Mode
 
 
 def draw_noise(
-    rng: Generator, cfg: ModelConfig, tokens: int, dtype: str = "float32"
+    rng: Generator | int, cfg: ModelConfig, tokens: int, dtype: str = "float32"
 ) -> tuple[Array | None, ...] | None:
-    """Draw the routing noise of one training step, one entry per layer; None if there is none."""
+    """Draw the routing noise of one training step, one entry per layer; None if there is none.
+
+    `rng` is anything that `numpy.random.default_rng` takes.
+
+    Raises     ValueError if `dtype` is not "float32" or "float64", or `tokens` is negative
+    """
+    rules.one_of("draw_noise", "dtype", str(xp.dtype(dtype)), ("float32", "float64"))
+    rules.whole_number("draw_noise", "tokens", tokens, 0)
+    rng = default_rng(rng)
     drawn = tuple(
         router.draw_noise(rng, cfg.moe, tokens, cfg.width, dtype) if cfg.is_moe(layer) else None
         for layer in range(cfg.layers)
@@ -92,8 +103,9 @@ def model_forward(
     Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
     """
     start = 0 if kv is None else kv[0].length
-    _check_tokens(token_BT, start, cfg)
-    _check_parameters(params, cfg, noise)
+    fit.check_tokens(token_BT, start, cfg)
+    fit.check_parameters("model_forward", params, cfg)
+    fit.check_noise(noise, cfg)
     x_BTC, token_cache = linear.embedding_forward(token_BT, params.token_VC)  # 1. embed
     x_BTC *= cfg.embedding_scale
     if params.position_TC is not None:
@@ -123,7 +135,8 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
     forward runs again for its cache: the same numbers, to the bit.
 
     Shapes     dlogits_BTV (B, T, V), daux () -> grads
-    Raises     ValueError if the cache is consumed already
+    Raises     ValueError if the cache is consumed already, dlogits is not of the shape and type of
+               the logits, or daux is not one number
     """
     params, cfg, token_cache, caches, norm_cache, head_cache = cache
     if not caches:
@@ -131,6 +144,10 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
             "model_backward: the cache must be fresh, got one that a backward has consumed. "
             "Run the forward again."
         )
+    dtype = params.token_VC.dtype
+    logits = (*token_cache[0].shape, cfg.vocab_size), dtype
+    moe_fit.check_upstream("model_backward", "dlogits", dlogits_BTV, *logits)
+    daux = moe_fit.upstream_number("model_backward", "daux", daux, dtype)
     dx_BTC, dhead_CV, _ = linear.linear_backward(dlogits_BTV, head_cache)  # 4.
     dx_BTC, dnorm = block.normalize_backward(cfg.logit_scale * dx_BTC, norm_cache)  # 3.
     dblocks, daux = [], daux * _layer_share(cfg)
@@ -170,6 +187,8 @@ def loss_forward(
     Source     Fedus et al. 2022, section 2.2 (the balance loss is added to the model's)
     """
     rules.share("loss_forward", "smoothing", smoothing)
+    rules.array("loss_forward", "tokens", token_BT)
+    rules.array("loss_forward", "targets", target_BT)
     if token_BT.shape != target_BT.shape:
         raise ValueError(
             f"loss_forward: every token needs a target, got tokens of shape {token_BT.shape} and "
@@ -188,9 +207,11 @@ def loss_backward(dloss: Array, cache: Cache) -> ModelParams:
     """Undo `loss_forward`: the sum hands dloss to both of its terms.
 
     Shapes     dloss () -> grads
+    Raises     ValueError if dloss is not one number, or the cache is consumed already
     """
     model_cache, loss_cache, shape = cache
-    dloss = xp.asarray(dloss, model_cache[0].token_VC.dtype)
+    dtype = model_cache[0].token_VC.dtype
+    dloss = moe_fit.upstream_number("loss_backward", "dloss", dloss, dtype)
     dlogits_NV = loss.cross_entropy_backward(dloss, loss_cache)  # 2.
     return model_backward(dlogits_NV.reshape(shape), dloss, model_cache)  # 1.
 
@@ -198,55 +219,3 @@ def loss_backward(dloss: Array, cache: Cache) -> ModelParams:
 def _layer_share(cfg: ModelConfig) -> float:
     """Weigh the balance terms of one layer: all of them, or their mean."""
     return 1.0 / cfg.moe_count if cfg.balance_over_layers == "mean" else 1.0
-
-
-def _check_tokens(token_BT: Array, start: int, cfg: ModelConfig) -> None:
-    if token_BT.ndim != 2 or token_BT.shape[1] == 0:
-        raise ValueError(
-            f"model_forward: tokens must be a table (B, T) of at least one column, got the shape "
-            f"{token_BT.shape}. One sequence is token_BT[None]."
-        )
-    length = start + token_BT.shape[1]
-    if length > cfg.context:
-        raise ValueError(
-            f"model_forward: a sequence may have at most {cfg.context} tokens (the context), got "
-            f"{length}. Shorten it or build the model with a larger context."
-        )
-
-
-def _check_parameters(
-    params: ModelParams, cfg: ModelConfig, noise: tuple[Array | None, ...] | None
-) -> None:
-    """Refuse parameters of another configuration; `moe_forward` looks at those of the experts."""
-    C, G = cfg.width, cfg.kv_heads or cfg.heads
-    learned = (cfg.context, C) if cfg.positions == "learned" else None
-    expected = {
-        "blocks": (len(params.blocks), cfg.layers),
-        "token_VC": (params.token_VC.shape, (cfg.vocab_size, C)),
-        "position_TC": (_shape(params.position_TC), learned),
-        "head_CV": (_shape(params.head_CV), None if cfg.tied else (C, cfg.vocab_size)),
-        "norm.bias_C": (_shape(params.norm.bias_C), (C,) if cfg.norm == "layernorm" else None),
-    }
-    for layer, part in enumerate(params.blocks):
-        heads, of_moe = part.attention, isinstance(part.feed, moe_layer.MoEParams)
-        expected |= {
-            f"blocks.{layer}.q_CHD": (heads.q_CHD.shape, (C, cfg.heads, cfg.head_width)),
-            f"blocks.{layer}.k_CGD": (heads.k_CGD.shape, (C, G, cfg.head_width)),
-            f"blocks.{layer}.sink_H": (_shape(heads.sink_H), (cfg.heads,) if cfg.sinks else None),
-            f"experts in layer {layer}": (of_moe, cfg.is_moe(layer)),
-            f"norms after branches in layer {layer}": (part.norm_1_post is not None, cfg.sandwich),
-        }
-    if noise is not None:
-        expected["arrays of noise"] = (len(noise), cfg.layers)
-        idle = [drawn is not None and not cfg.is_moe(layer) for layer, drawn in enumerate(noise)]
-        expected["noise for layers without experts"] = (any(idle), False)
-    for name, (came, wanted) in expected.items():
-        if came != wanted:
-            raise ValueError(
-                f"model_forward: {name} must be {wanted}, as the configuration says, got {came}. "
-                "Draw parameters and noise for this configuration."
-            )
-
-
-def _shape(leaf: Array | None) -> tuple[int, ...] | None:
-    return None if leaf is None else leaf.shape
