@@ -84,14 +84,19 @@ RIVALS = {
         ("PyTorch, textbook loop", "textbook", False),
         ("PyTorch, sorted rows", "sorted", False),
         ("PyTorch, batched", "batched", False),
+        ("PyTorch, grouped products", "grouped", False),
         ("PyTorch, sorted rows, fused AdamW", "sorted", True),
         ("PyTorch, batched, fused AdamW", "batched", True),
+        ("PyTorch, grouped products, fused AdamW", "grouped", True),
     ),
     "Mixtral": (
         ("Transformers eager", "eager", False),
         ("Transformers, grouped products, fused AdamW", "grouped_mm", True),
     ),
-    "text": (("Transformers generate", "eager", False),),
+    "text": (
+        ("Transformers generate", "eager", False),
+        ("Transformers generate, grouped products", "grouped_mm", False),
+    ),
 }
 
 # What made it fast, and what stands in for it where it is taken back.
@@ -141,6 +146,8 @@ def run(plan: Plan, only: tuple[str, ...], report: Callable[[str], Any]) -> dict
     rows, ignored = [], {} if plan.quick else _orders_for_kernels()
     if ignored:
         report(f"each library chooses its own kernels: without {', '.join(ignored)}")
+    if plan.threads > machine.cores():
+        report(f"{plan.threads} threads on {machine.cores()} cores: these times mean little")
     with machine.environment(dict.fromkeys(ignored)):
         found = this_machine(plan.torch)
         for name, measure in MEASURES.items():
@@ -251,7 +258,7 @@ def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
         found = plan.race(workers)
         facts = race.tell(workers, facts=("products", "bytes", "effective"))
         for side, told in zip(found["sides"], facts, strict=True):
-            side["peak"] = told["peak"]
+            side |= {"built": told["built"], "peak": told["peak"]}
         yield {
             "name": name,
             "tokens": bench_work.training().batch * cfg.context,

@@ -10,7 +10,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from moe_numpy import ledger, machine, tree
 from moe_numpy.backend import xp
 from moe_numpy.training import data, loop, team
 from moe_numpy.transformer import model
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 PROBE = 1024  # size of the square product that tells the machine's own rate
 
@@ -80,19 +83,63 @@ def products_of_step(run: loop.Run) -> list[tuple]:
         run.params = params
 
 
-def replay(products: list[tuple]) -> None:
-    """Compute the products again, alone, on the same arrays; each in the thread it came from."""
+@contextlib.contextmanager
+def replaying(products: list[tuple], processes: bool = False) -> Iterator[Callable[[], None]]:
+    """Give what computes the products again, alone, on the same arrays.
+
+    The products of each thread of the step are computed in a thread of their own, or each in a
+    process: threads would wait for each other's Python between two products.
+    """
     by_thread: dict[int, list[tuple]] = {}
     for thread, *operands in products:
         by_thread.setdefault(thread, []).append(operands)
-    if len(by_thread) == 1:
-        return _multiply(*by_thread.values())
-    threads = [threading.Thread(target=_multiply, args=(own,)) for own in by_thread.values()]
+    own, *others = by_thread.values()
+    with contextlib.ExitStack() as end:
+        if not others:
+            yield lambda: _multiply(own)
+        elif processes:
+            lines = [end.enter_context(_helper(theirs)) for theirs in others]
+
+            def together() -> None:
+                for line in lines:
+                    line.send(True)
+                _multiply(own)
+                for line in lines:
+                    line.recv()
+
+            yield together
+        else:
+            yield functools.partial(_in_threads, [own, *others])
+
+
+@contextlib.contextmanager
+def _helper(products: list[tuple]) -> Iterator[Connection]:
+    """Start a process that computes the products whenever it gets a message, and answers."""
+    import multiprocessing  # as in `team`: it is slow to import
+
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+
+    def serve() -> None:
+        while theirs.recv():
+            _multiply(products)
+            theirs.send(True)
+
+    helper = fork.Process(target=serve, daemon=True)
+    helper.start()
+    try:
+        yield ours
+    finally:
+        ours.send(False)
+        helper.join()
+
+
+def _in_threads(lists: list[list[tuple]]) -> None:
+    threads = [threading.Thread(target=_multiply, args=(own,)) for own in lists]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return None
 
 
 def flops(products: list[tuple]) -> int:
@@ -103,8 +150,8 @@ def flops(products: list[tuple]) -> int:
 def measure(run: loop.Run, repeats: int, crew: team.Team | None = None) -> dict[str, Any]:
     """Time steps, their products alone and the machine's own products in turns.
 
-    The products of a shard are replayed on a thread of their own, whether threads or the processes
-    of `crew` take the steps. The machine's own are large square ones, one on each such thread.
+    The products of a shard are replayed as the step has them: in a process of their own where
+    `crew` takes the steps, else on a thread. The machine's own are large square ones, one in each.
 
     Returns     the seconds of each, the number of products, and their operations
     """
@@ -115,11 +162,12 @@ def measure(run: loop.Run, repeats: int, crew: team.Team | None = None) -> dict[
     threads = len({thread for thread, *_ in products})
     a, b, *outs = np.random.default_rng(0).random((2 + threads, PROBE, PROBE), np.float32)
     squares = [(i, a, b, out) for i, out in enumerate(outs)]
-    whole, alone, probe = [], [], []
-    for _ in range(repeats):
-        whole.append(_seconds(lambda: loop.take_step(run, crew), 5))
-        alone.append(_seconds(lambda: replay(products), 5))
-        probe.append(_seconds(lambda: replay(squares), 3))
+    whole, alone, probe, split = [], [], [], crew is not None
+    with replaying(products, split) as multiply, replaying(squares, split) as multiply_squares:
+        for _ in range(repeats):
+            whole.append(_seconds(lambda: loop.take_step(run, crew), 5))
+            alone.append(_seconds(multiply, 5))
+            probe.append(_seconds(multiply_squares, 3))
     return {
         "step": whole,
         "products": alone,

@@ -85,12 +85,17 @@ def _step(spec: dict[str, Any]) -> Work:
         return {"token": token, "target": target, **_named("params", run.params)}
 
     def values() -> dict[str, np.ndarray]:
-        _, grads = shards.gradients(token[0], target[0], run.params, cfg, shards=parts)
-        first = run.step
+        if crew is None:
+            _, grads = shards.gradients(token[0], target[0], run.params, cfg, shards=parts)
+        else:
+            crew.gradients(token[0], target[0])
+            grads = tree.map(np.copy, crew.grads[0])  # the next step overwrites them
+        first, before = run.step, tree.map(np.copy, run.params)
         for _ in range(COMPARED_STEPS):
             loop.take_step(run, crew)
         losses = run.series.cross_entropy[first : run.step]
-        return {"loss": losses, **_named("grads", grads)}
+        change = tree.map(np.subtract, run.params, before)
+        return {"loss": losses, **_named("grads", grads), **_named("change", change)}
 
     return Work(
         give=give,

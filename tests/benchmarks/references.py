@@ -1,8 +1,9 @@
 """PyTorch models that compute the same functions as the package's, written as one would there.
 
-A dense GPT after nanoGPT, and three ways to run its experts: the loop of the textbooks, rows sorted
-by expert, and one batched product over padded rows. Each module says by `ties` which view of which
-of its parameters is which array of the package; weights go in and gradients come out through them.
+A dense GPT after nanoGPT, and four ways to run its experts: the loop of the textbooks, rows sorted
+by expert, one batched product over padded rows, and PyTorch's product of groups of rows. Each
+module says by `ties` which view of which of its parameters is which array of the package; weights
+go in and gradients come out through them.
 """
 
 import torch
@@ -31,10 +32,17 @@ class Tie:
 
     def gradient(self):
         """Return the gradient as the package arranges it; zero where none was computed."""
-        grads = [
-            self.view(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.parameters
-        ]
-        return (torch.stack(grads) if self.stacked else grads[0]).contiguous().numpy()
+        return self._arranged(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        )
+
+    def value(self):
+        """Return a copy of the parameters as the package arranges them."""
+        return self._arranged([p.data for p in self.parameters]).copy()
+
+    def _arranged(self, tensors):
+        views = [self.view(tensor) for tensor in tensors]
+        return (torch.stack(views) if self.stacked else views[0]).contiguous().numpy()
 
 
 class MLP(nn.Module):
@@ -168,7 +176,28 @@ class BatchedExperts(StackedExperts):
         return (y_NKC * gate_NK[..., None]).sum(1)
 
 
-EXPERTS = {"textbook": TextbookExperts, "sorted": SortedExperts, "batched": BatchedExperts}
+class GroupedExperts(StackedExperts):
+    """Rows sorted by expert, and PyTorch's own product of groups of rows."""
+
+    def run(self, x_NC, gate_NK, expert_NK):
+        """Gather once, multiply all groups in one call, undo the sorting once."""
+        _, order_M, counts = self.sort(expert_NK)
+        ends_E = counts.cumsum(0).to(torch.int32)
+        rows = x_NC.index_select(0, order_M // self.top_k)
+        h = F.gelu(F.grouped_mm(rows, self.w_in, offs=ends_E), approximate="tanh")
+        y_MC = F.grouped_mm(h, self.w_out, offs=ends_E)
+        back_M = torch.empty_like(order_M)
+        back_M[order_M] = torch.arange(len(order_M))
+        y_NKC = y_MC.index_select(0, back_M).reshape(*expert_NK.shape, -1)
+        return (y_NKC * gate_NK[..., None]).sum(1)
+
+
+EXPERTS = {
+    "textbook": TextbookExperts,
+    "sorted": SortedExperts,
+    "batched": BatchedExperts,
+    "grouped": GroupedExperts,
+}
 
 
 class Attention(nn.Module):

@@ -4,12 +4,14 @@ import torch
 from references import EXPERTS, GPT, below
 from torch.nn import functional as F
 
+from moe_numpy import machine
 from moe_numpy.lab import bench_process
 from moe_numpy.lab.bench_process import Work, sketch
 
 
 def build(spec):
     """Build the work that a specification names, by `variant` in one of several ways."""
+    machine.keep_memory()  # as our side does: freed arrays are not faulted in again
     torch.set_num_threads(spec["threads"])
     works = {"product": product_work, "step": step_work, "layer": layer_work}
     return (works | {"generate": generate_work})[spec["work"]](spec)
@@ -68,9 +70,11 @@ def step_work(spec):
         backward()
         grads = gradients(ties)
         optimizer.zero_grad(set_to_none=True)
-        place[0] = 0
+        place[0], named = 0, below("change", ties)
+        before = {name: tie.value() for name, tie in named.items()}
         losses = torch.stack([once().detach() for _ in batches])
-        return {"loss": losses.numpy(), **grads}
+        changes = {name: tie.value() - before[name] for name, tie in named.items()}
+        return {"loss": losses.numpy(), **grads, **changes}
 
     return Work(None, take, values, once, {})
 
