@@ -2,9 +2,10 @@
 # # 13 What made it fast
 #
 # Plain NumPy is thought of as slow. This page goes through what made the package's training steps
-# about as fast as PyTorch's on one processor (some a little slower) and about twice as fast on
-# another, one optimization after the other: the idea, a small calculation or check that you can
-# run, and the gain that was measured. (The races against PyTorch are in the README.)
+# about as fast as PyTorch's on one processor (some a little slower), one optimization after the
+# other: the idea, a small calculation or check that you can run, and the gain that was measured.
+# On another processor they are clearly faster, but much of that is a gift: NumPy's library of
+# matrix products is about twice as fast there as PyTorch's. (The races are in the README.)
 #
 # **After this page you can**
 #

@@ -37,7 +37,7 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
     ax.set(xscale="log", xlabel="rival's time / our time (dot: median of rounds, bar: all rounds)")
     _mark_ratios(ax)
     ax.set_ylim(len(names) - 0.5, -0.7)
-    ax.set_title(f"Against PyTorch, {record['threads']} threads: a product, steps, and generation")
+    ax.set_title(f"Against PyTorch (on {record['threads']} threads, if nothing else is said)")
     return ax
 
 
@@ -127,7 +127,8 @@ def plot_lengths(ax: Axes, record: dict[str, Any]) -> Axes:
         mean = side["milliseconds"]["median"] / rows[0]["tokens"]
         ax.axhline(mean, color=color, linestyle="--", label=f"{side['name']}, mean")
     ax.set_ylim(bottom=0)
-    ax.set(xlabel="token written", ylabel="time (ms), one thread", title="Generation with a cache")
+    ax.set(xlabel="token written (the first: with the prompt)", ylabel="time (ms), one thread")
+    ax.set_title("Generation with a cache")
     ax.legend(fontsize=8)
     return ax
 
