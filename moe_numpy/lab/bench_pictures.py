@@ -25,7 +25,7 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
         }.get(row["row"])
         if what:
             for side in row["sides"][1:]:
-                names.append(textwrap.fill(f"{what}: {side['name']}", 38))
+                names.append(textwrap.fill(f"{what}: {side['name']}", 46))
                 found.append(side["ratio"])
     for y, ratio in enumerate(found):
         color = GOOD if ratio["median"] >= 1 else BAD
@@ -33,7 +33,7 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
         ax.plot(ratio["median"], y, "o", color=color)
         ax.text(ratio["median"], y - 0.18, f"{ratio['median']:.2f}", ha="center", fontsize=8)
     ax.axvline(1.0, color=NEUTRAL, linewidth=0.8, linestyle="--")
-    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.set(xscale="log", xlabel="rival's time / our time (dot: median of rounds, bar: all rounds)")
     _mark_ratios(ax)
     ax.set_ylim(len(names) - 0.5, -0.7)
@@ -135,7 +135,7 @@ def plot_lengths(ax: Axes, record: dict[str, Any]) -> Axes:
 
 def speed_figure(record: dict[str, Any]) -> Figure:
     """Tell the races in one figure: ratios, time and memory of a step, layers, generation."""
-    figure = Figure(figsize=(17, 8.5), layout="constrained", dpi=110)
+    figure = Figure(figsize=(18, 9.5), layout="constrained", dpi=110)
     axes = figure.subplots(2, 3)
     plot_ratios(axes[0, 0], record)
     plot_shares(axes[0, 1], record)
