@@ -11,7 +11,10 @@ import tiny
 
 from moe_numpy import tree
 from moe_numpy.config import (
+    SGD,
+    AdamW,
     Capacity,
+    GaussianNoise,
     ImportanceLoss,
     LearnedNoise,
     LoadLoss,
@@ -20,7 +23,10 @@ from moe_numpy.config import (
     SwitchLoss,
     ZLoss,
 )
-from moe_numpy.ops import rotary
+from moe_numpy.moe import jacobs
+from moe_numpy.moe import layer as moe_layer
+from moe_numpy.ops import loss, rotary
+from moe_numpy.training import data, optimizer, shards
 from moe_numpy.transformer import attention, block, decode, generation, model
 
 V, T = 13, 7
@@ -688,6 +694,72 @@ def test_parameters_with_more_than_the_configuration_says_are_refused():
     whole = tree.map(lambda leaf: leaf.astype("float16"), half)
     with pytest.raises(ValueError, match="type of the parameters must be one of 'float32', 'fl"):
         next(generation.generate(np.zeros(1, int), whole, cfg, 1))
+
+
+def test_the_doors_take_a_seed_for_a_generator():
+    cfg = dataclasses.replace(config(), moe=EXPERTS, hidden=None)
+    assert tiny.same_bits(model.init_model(3, cfg), model.init_model(np.random.default_rng(3), cfg))
+    drawn = [
+        moe_layer.init_moe(rng, EXPERTS, 4, "float64") for rng in (3, np.random.default_rng(3))
+    ]
+    assert tiny.same_bits(*drawn)
+    noisy = dataclasses.replace(cfg, moe=dataclasses.replace(EXPERTS, noise=GaussianNoise()))
+    drawn = [model.draw_noise(rng, noisy, 5) for rng in (3, np.random.default_rng(3))]
+    assert all((a == b).all() for a, b in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda cfg: moe_layer.init_moe(0, EXPERTS, 0, "float32"),
+            "init_moe: width must be a whol",
+        ),
+        (lambda cfg: model.draw_noise(0, cfg, 3, "int8"), "draw_noise: dtype must be one of"),
+        (lambda cfg: model.draw_noise(0, cfg, -1), "draw_noise: tokens must be a whole number"),
+        (lambda cfg: shards.cut(np.zeros((2, 3)), None, None, 0), "shards: their number must be a"),
+        (lambda cfg: data.encode("a", ""), "encode: the alphabet must hold a character"),
+        (
+            lambda cfg: loss.cross_entropy_forward(np.zeros((2, 3)), np.zeros((2, 1), int)),
+            r"cross_entropy_forward: targets must have the shape \(2,\), one for each row",
+        ),
+        (
+            lambda cfg: jacobs.mixture_classification_forward(
+                np.ones((2, 1)), np.zeros((2, 1, 3)), np.zeros(1, int)
+            ),
+            r"mixture_classification_forward: targets must have the shape \(2,\)",
+        ),
+        (
+            lambda cfg: dataclasses.replace(cfg, norm_eps=1e-46),
+            r"norm_eps must be at least 2\*\*-1",
+        ),
+        (lambda cfg: dataclasses.replace(cfg, logit_cap=1e-46), "logit_cap must be at least 2"),
+        (lambda cfg: GaussianNoise(std=1e-46), "std must be at least 2"),
+        (lambda cfg: LearnedNoise(floor=1e-46), "floor must be at least 2"),
+        (lambda cfg: dataclasses.replace(cfg, layers=2**63), r"layers must be below 2\*\*63"),
+    ],
+)
+def test_what_a_door_cannot_take_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(config())
+
+
+def test_the_optimizer_takes_gradients_and_averages_of_its_parameters_alone():
+    params, gradient = (np.ones((2, 3)),), (np.ones(1),)
+    for cfg, other in ((AdamW(), SGD()), (SGD(), AdamW())):
+        with pytest.raises(ValueError, match=r"update: the gradient of 0 must have the shape \(2"):
+            optimizer.update(params, gradient, optimizer.init_state(params, cfg), cfg, 0, 0.1)
+        with pytest.raises(ValueError, match="update: the state must be that of"):
+            optimizer.update(params, params, optimizer.init_state(params, other), cfg, 0, 0.1)
+    assert (params[0] == 1).all()
+
+
+def test_a_smoothing_of_float32_is_a_number():
+    token = np.zeros((1, 2), int)
+    cfg = config()
+    given = (token, token, draw(0, cfg), cfg)
+    found = [model.loss_forward(*given, smoothing=s)[0] for s in (0.125, np.float32(0.125))]
+    assert found[0] == found[1]
 
 
 def test_upstream_gradients_of_another_form_are_refused():

@@ -171,7 +171,7 @@ def mixture_classification_forward(
     Source     Jacobs et al. 1991, the third error function, for classes instead of normal noise
     """
     N, _, V = logits_NEV.shape
-    linear.check_vocabulary("mixture_classification_forward", class_N, V)
+    linear.check_targets("mixture_classification_forward", class_N, N, V)
     log_NEV, log_cache = softmax.log_softmax_forward(logits_NEV)  # 1. each expert's prediction
     log_NE = log_NEV[xp.arange(N), :, class_N]  # 2. of the class
     error, cache = log_mixture_forward(prob_NE, log_NE)  # 3. of the mixture

@@ -87,5 +87,15 @@ def check_vocabulary(who: str, token: Array, vocab_size: int) -> None:
         )
 
 
+def check_targets(who: str, target_N: Array, count: int, vocab_size: int) -> None:
+    """Refuse targets that are not one token for each of `count` rows."""
+    if target_N.shape != (count,):
+        raise ValueError(
+            f"{who}: targets must have the shape ({count},), one for each row of the logits, got "
+            f"{target_N.shape}. Reshape them."
+        )
+    check_vocabulary(who, target_N, vocab_size)
+
+
 def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])

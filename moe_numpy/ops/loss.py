@@ -21,12 +21,7 @@ def cross_entropy_forward(
     Source     Szegedy et al. 2016, Rethinking the Inception Architecture, section 7 (smoothing)
     """
     N, V = logits_NV.shape
-    if target_N.shape != (N,):
-        raise ValueError(
-            f"cross_entropy_forward: targets must have the shape ({N},), one for each row of the "
-            f"logits, got {target_N.shape}. Reshape them."
-        )
-    linear.check_vocabulary("cross_entropy_forward", target_N, V)
+    linear.check_targets("cross_entropy_forward", target_N, N, V)
     y_NV, _ = softmax.log_softmax_forward(logits_NV)  # 1. log-probabilities
     hit_N = y_NV[xp.arange(N), target_N]
     total = (1.0 - smoothing) * hit_N.sum()  # 2. of the targets
