@@ -442,7 +442,9 @@ def test_the_memory_of_a_step_is_that_of_the_formula(name):
 def test_every_shard_has_gradients_of_its_own():
     whole, halves = (bench_products.bytes_of(run_of("MoE", shards)) for shards in (1, 2))
     assert halves.pop("gradients") == 2 * whole.pop("gradients")
-    assert halves == pytest.approx(whole, rel=1e-4)  # Python's own objects are a few bytes
+    peaks = [sizes.pop("peak of one shard") for sizes in (whole, halves)]
+    assert peaks[0] == pytest.approx(peaks[1], abs=1000)  # bytes of Python's own objects
+    assert halves == whole
 
 
 def test_large_gradients_are_sketched_and_a_wrong_one_is_still_seen():
