@@ -5,7 +5,7 @@
 # about as fast as PyTorch's on one processor (some a little slower), one optimization after the
 # other: the idea, a small calculation or check that you can run, and the gain that was measured.
 # On another processor they are clearly faster, but much of that is a gift: NumPy's library of
-# matrix products is about twice as fast there as PyTorch's. (The races are in the README.)
+# matrix products is more than twice as fast there as PyTorch's. (The races are in the README.)
 #
 # **After this page you can**
 #

@@ -163,7 +163,7 @@ def test_the_lead_on_the_first_processor_is_that_of_its_library_as_the_text_says
     found, _ = speed
     assert "AMD" in found["machine"]["cpu"]
     [[product]] = ratios(found, "product").values()
-    assert 1.7 < product["low"] and product["median"] < 2.3
+    assert 2 < product["low"]
     for kind in ("step", "generation"):
         assert all(r["low"] > 1 for rivals in ratios(found, kind).values() for r in rivals)
     eager, _ = ratios(found, "step")["dense"]

@@ -692,7 +692,7 @@ def test_parameters_with_more_than_the_configuration_says_are_refused():
     with pytest.raises(ValueError, match=r"the type of blocks\.0\.norm_1\.gain_C must be float64"):
         model.model_forward(np.zeros((1, 2), int), half, cfg)
     whole = tree.map(lambda leaf: leaf.astype("float16"), half)
-    with pytest.raises(ValueError, match="type of the parameters must be one of 'float32', 'fl"):
+    with pytest.raises(ValueError, match="parameters must be of the type float32 or float64"):
         next(generation.generate(np.zeros(1, int), whole, cfg, 1))
 
 

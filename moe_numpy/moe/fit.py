@@ -21,8 +21,7 @@ def check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -
     rules.array("moe_forward", "x", x_NC)
     in_ECF = params.experts.in_ECF
     E, C, F = in_ECF.shape
-    kinds = ("float32", "float64")
-    rules.one_of("moe_forward", "the type of the parameters", str(in_ECF.dtype), kinds)
+    check_type("moe_forward", in_ECF.dtype)
     if (E, F) != (cfg.num_experts, cfg.hidden):
         raise ValueError(
             f"moe_forward: the parameters must be of {cfg.num_experts} experts of hidden width "
@@ -55,6 +54,18 @@ def check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -
     if noise is not None:
         rules.array("moe_forward", "the noise", noise)
         router.check_noise(noise, cfg, *x_NC.shape, in_ECF.dtype)
+
+
+def check_type(who: str, dtype: Any) -> None:
+    """Refuse parameters of other types than the package draws.
+
+    Raises     ValueError
+    """
+    if dtype.char not in "fd":  # as NumPy calls float32 and float64
+        raise ValueError(
+            f"{who}: the parameters must be of the type float32 or float64, got {dtype}. "
+            "Convert them."
+        )
 
 
 def check_upstream(who: str, name: str, came: Array, shape: tuple[int, ...], dtype: Any) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_numpy.backend import Array
 from moe_numpy.config import GATED, ModelConfig, rules
+from moe_numpy.moe import fit as moe_fit
 from moe_numpy.moe import layer as moe_layer
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check_parameters(who: str, params: ModelParams, cfg: ModelConfig) -> None:
     Raises     ValueError
     """
     V, C, dtype = cfg.vocab_size, cfg.width, params.token_VC.dtype
-    rules.one_of(who, "the type of the parameters", str(dtype), ("float32", "float64"))
+    moe_fit.check_type(who, dtype)
     _same(who, "blocks", len(params.blocks), cfg.layers)
     learned = cfg.positions == "learned"
     leaves = [
