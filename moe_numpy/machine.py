@@ -13,11 +13,10 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of malloc.h
-PARTS = 2  # jobs for each thread that a loop is cut into; one that is done takes the next
 WORTH_A_THREAD = 32_768  # numbers
 
 # Where the libraries of matrix products read how many threads they may start.
@@ -59,10 +58,10 @@ def _c_library(function: str, *numbers: int) -> None:
 def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
     """Let `share_out` use `count` threads within the block, each with matrix products of its own.
 
-    A count of one starts no thread, but holds the caller's products to one all the same: a product
-    that several threads share is rounded in another way. Without the library threadpoolctl the
-    products cannot be held to one thread each, and would fight for the cores: then, as for a count
-    of zero, everything stays as it is.
+    One of them is the caller's own. A count of one starts no other, but holds the caller's products
+    to one all the same: a product that several threads share is rounded in another way. Without the
+    library threadpoolctl the products cannot be held to one thread each, and would fight for the
+    cores: then, as for a count of zero, everything stays as it is.
     """
     limit = one_product_a_thread() if count else None
     if limit is None:
@@ -72,7 +71,7 @@ def workers(count: int) -> Iterator[concurrent.futures.Executor | None]:
         if count == 1:
             yield None
             return
-        with concurrent.futures.ThreadPoolExecutor(count) as pool, sharing(pool, count):
+        with concurrent.futures.ThreadPoolExecutor(count - 1) as pool, sharing(pool, count):
             yield pool
 
 
@@ -91,7 +90,10 @@ def can_limit_products() -> bool:
 
 @contextlib.contextmanager
 def sharing(pool: concurrent.futures.Executor | None, threads: int = 2) -> Iterator[None]:
-    """Let `share_out` use the threads of `pool` within the block; None for none."""
+    """Let `threads` work for `share_out` within the block: the caller's and others of `pool`.
+
+    None is for no pool: the caller does it all.
+    """
     before = _pool.set(None if pool is None else (pool, threads))
     try:
         yield
@@ -99,19 +101,33 @@ def sharing(pool: concurrent.futures.Executor | None, threads: int = 2) -> Itera
         _pool.reset(before)
 
 
-def share_out(jobs: list[Callable[[], Any]]) -> list[Any]:
+def share_out(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     """Call all jobs, on the threads of `workers` if there are any; list their results in order.
 
-    A job works in a copy of the caller's context, in which NumPy keeps its settings; what a job
-    shares out in turn, it does itself. Which threads there are changes no result.
+    The caller works too, and who is done takes the next job. Helpers work in a copy of the caller's
+    context, in which NumPy keeps its settings; what a job shares out in turn, it does itself. Who
+    does a job changes no result.
     """
     shared = _pool.get()
     if shared is None or len(jobs) < 2:
         return [job() for job in jobs]
-    pool, _ = shared
+    pool, threads = shared
+    results: list[Any] = [None] * len(jobs)
+    left = iter(range(len(jobs)))  # a step of it is one for Python: no two threads get the same job
+
+    def some() -> None:
+        for i in left:
+            results[i] = jobs[i]()
+
     with sharing(None):
-        waiting = [pool.submit(contextvars.copy_context().run, job) for job in jobs]
-    return [future.result() for future in waiting]
+        helpers = [
+            pool.submit(contextvars.copy_context().run, some)
+            for _ in range(min(threads, len(jobs)) - 1)
+        ]
+        some()
+    for helper in helpers:
+        helper.result()
+    return results
 
 
 def for_each(work: Callable[[int], Any], count: int, size: int) -> None:
@@ -120,15 +136,11 @@ def for_each(work: Callable[[int], Any], count: int, size: int) -> None:
     All calls together touch `size` numbers. Where those of one call are few, threads would wait for
     each other's Python longer than they work: then the caller does it all.
     """
-    shared = _pool.get()
-    worth = shared is not None and size >= count * WORTH_A_THREAD
-    jobs = min(PARTS * shared[1], count) if worth else 1
-
-    def some(first: int) -> None:
-        for i in range(first, count, jobs):
+    if size < count * WORTH_A_THREAD:
+        for i in range(count):
             work(i)
-
-    share_out([functools.partial(some, first) for first in range(jobs)])
+    else:
+        share_out([functools.partial(work, i) for i in range(count)])
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ def test_threads_change_no_bit_of_a_training_run(monkeypatch):
         runs.append(tiny.run(LAYERS["noise, places, losses"], shards=2))
         assert not shared
         loop.train(runs[-1], show_progress=False, threads=threads)
-    assert len(shared) >= 2 * runs[0].step  # each shard of each step went to a thread
+    assert len(shared) >= runs[0].step  # each step had a thread beside the caller's
     assert tiny.same_run(*runs)
 
 
@@ -156,7 +156,7 @@ def test_a_loop_has_work_for_every_thread_and_leaves_nothing_out(threads):
     together, seen = threading.Barrier(threads, timeout=30), []
 
     def work(i):
-        if i < threads:  # the first call of each job waits until all threads have one
+        if i < threads:  # the first calls wait until all threads have one, the caller's among them
             together.wait()
         seen.append(i)
 
@@ -186,15 +186,36 @@ def test_threads_share_out_experts_and_blocks_and_change_no_bit(two_threads, mon
     two = tiny.run(tiny.moe(activation="swiglu"))
     loop.take_step(two)
     assert tiny.same_bits((one.params, one.state), (two.params, two.state))
-    assert len(shared) > 6 * machine.PARTS
+    assert len(shared) > 12
 
 
 def test_a_job_shares_nothing_out_in_turn(two_threads):
+    together = threading.Barrier(2, timeout=30)
+
     def outer():
+        together.wait()  # one in each thread
         return threading.get_ident(), *machine.share_out([threading.get_ident] * 3)
 
-    for found in machine.share_out([outer] * 4):
-        assert len(set(found)) == 1 and found[0] != threading.get_ident()
+    threads = [set(found) for found in machine.share_out([outer] * 2)]
+    assert [len(found) for found in threads] == [1, 1] and threads[0] != threads[1]
+    assert {threading.get_ident()} in threads
+
+
+def test_jobs_shared_out_return_in_their_order_and_an_error_is_the_callers(two_threads):
+    assert machine.share_out([functools.partial(pow, i, 2) for i in range(50)]) == [
+        i * i for i in range(50)
+    ]
+    together = threading.Barrier(2, timeout=30)
+
+    def fail_in(here):
+        together.wait()
+        if (threading.get_ident() == caller) == here:
+            raise ZeroDivisionError
+
+    caller = threading.get_ident()
+    for here in (True, False):  # in the caller's thread, in the other
+        with pytest.raises(ZeroDivisionError):
+            machine.share_out([functools.partial(fail_in, here)] * 2)
 
 
 def test_little_work_stays_with_the_caller(two_threads):
@@ -203,9 +224,10 @@ def test_little_work_stays_with_the_caller(two_threads):
     machine.for_each(work, 5, 5 * machine.WORTH_A_THREAD - 1)
     assert where == [(i, threading.get_ident()) for i in range(5)]
     where.clear()
-    machine.for_each(work, 5, 5 * machine.WORTH_A_THREAD)
-    assert sorted(i for i, _ in where) == list(range(5))
-    assert threading.get_ident() not in {thread for _, thread in where}
+    together = threading.Barrier(2, timeout=30)
+    machine.for_each(lambda i: (together.wait(), work(i)), 2, 2 * machine.WORTH_A_THREAD)
+    assert sorted(i for i, _ in where) == [0, 1]
+    assert len({thread for _, thread in where}) == 2
 
 
 @pytest.mark.parametrize(
