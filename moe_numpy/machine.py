@@ -1,4 +1,4 @@
-"""What a long run asks of the machine: memory that stays, and one thread for each shard.
+"""What a long run asks of the machine: memory that stays, threads that share jobs out, variables.
 
 Nothing here happens on import. How many threads share jobs out changes no bit of a result; threads
 that share one matrix product may.
@@ -35,9 +35,9 @@ _pool = contextvars.ContextVar("threads of share_out, and how many", default=Non
 def keep_memory() -> None:
     """Let the process keep the memory that arrays free, for the arrays of the next step.
 
-    The GNU C library gives large blocks back to the system at once. A step then spends a good part
-    of its time waiting for the same pages, emptied, to come again. Other C libraries are left as
-    they are.
+    The GNU C library gives what is free at the end of its memory back to the system, and at first
+    every large block. A step may then spend a good part of its time waiting for the same pages,
+    emptied, to come again. Other C libraries are left as they are.
     """
     _c_library("mallopt", M_MMAP_MAX, 0)  # no array gets pages of its own, which would go with it
     _c_library("mallopt", M_TRIM_THRESHOLD, 1 << 30)
@@ -113,7 +113,7 @@ def share_out(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         return [job() for job in jobs]
     pool, threads = shared
     results: list[Any] = [None] * len(jobs)
-    left = iter(range(len(jobs)))  # a step of it is one for Python: no two threads get the same job
+    left = iter(range(len(jobs)))  # takes a step in one piece: no two threads get the same job
 
     def some() -> None:
         for i in left:

@@ -23,7 +23,7 @@ import numpy as np
 from IPython.display import display
 
 from moe_numpy import files
-from moe_numpy.classroom import exercises_06, registry
+from moe_numpy.classroom import exercises_13, registry
 from moe_numpy.config import MoEConfig
 from moe_numpy.lab import bench, bench_pictures, bench_report, pictures
 from moe_numpy.lab.rich_get_richer import FIGURES
@@ -86,23 +86,24 @@ def show(step):
 #
 # NumPy hands its matrix products to a library that is written for nothing else (here OpenBLAS).
 # Given their shapes, their type and the number of threads, nothing in Python can make them faster:
-# they are the limit. (Section 7 changes the shapes.) How far from it is a step? The benchmark notes
-# every product of a step, and repeats them alone.
+# they are the limit. (Section 3 changes the type, section 6 the threads, section 7 the shapes.) How
+# far from it is a step? The benchmark notes every product of a step, and repeats them alone.
 
 # %%
 for row in races["rows"]:
     if row["row"] == "step":
         found = row["products"]
-        share, over = found["share"]["median"], found["step_over_products"]["median"]
+        share, over = found["share"], found["step_over_products"]
         print(
-            f"{row['name']:8} {found['calls']:4} products: {share:.0%} of the step; "
-            f"the whole step takes {over:.2f} times as long as they do"
+            f"{row['name']:8} {found['calls']:4} products: {share['median']:.0%} "
+            f"({share['low']:.0%} to {share['high']:.0%}) of the step, which takes "
+            f"{over['median']:.2f} times as long ({over['low']:.2f} to {over['high']:.2f})"
         )
 
 # %% [markdown]
-# So if everything else cost nothing, a step would be faster by that factor, and by no more. All
-# that follows is about keeping "everything else" small, and about giving the library products that
-# it likes.
+# So if everything else cost nothing, a step would be faster by about that factor, and by no more.
+# Much of what follows is about keeping "everything else" small, the rest about giving the library
+# products that it likes.
 #
 # ## 3. Numbers of half the size
 #
@@ -137,15 +138,16 @@ show("slices")
 # %% [markdown]
 # That was a layer whose router is new. The more uneven the counts, the more there is to pad: with
 # top-2 of eight experts, a router that always takes the same two pads fourfold. And beside the
-# larger products, the padded rows must be copied to their places and back. (A padded batch is one
-# product: its experts cannot be shared out, nor its few rows be treated as in section 7. In the
-# layer of 128 experts the gain of slices contains those two.)
+# larger products, the padded rows must be copied to their places and back. (Without slices, the two
+# ideas of section 7 are gone as well: in the layer of 128 experts the gain of slices contains
+# theirs.)
 #
 # ### The way back is a look-up, too
 #
-# In the backward, a token's gradient is the sum over its copies: $dx[n] = \sum_k dx[slot[n, k]]$.
-# "Add each row to where it belongs" is `np.add.at`, a loop over numbers. But every token knows its
-# $k$ rows, so it can *fetch* them, one indexing expression, and add them up.
+# In the backward, a token's gradient is the sum over its copies,
+# $dx_{NC}[n] = \sum_k dx_{RC}[slot_{NK}[n, k]]$. "Add each row to where it belongs" is `np.add.at`,
+# a loop over numbers. But every token knows its rows (at most $k$), so it can *fetch* them, one
+# indexing expression, and add them up.
 
 
 # %%
@@ -156,10 +158,10 @@ def scatter(dx_RC, cache):
     return dx_NC
 
 
-one = np.ones((), "float32")
-fetched, _ = layer.moe_backward(y_NC, one, cache)
+dy_NC, daux = rng.standard_normal((384, 128), dtype="float32"), np.zeros((), "float32")
+fetched, _ = layer.moe_backward(dy_NC, daux, cache)
 with registry.swap("dispatch_backward", scatter):
-    scattered, _ = layer.moe_backward(y_NC, one, layer.moe_forward(x_NC, params, cfg)[-1])
+    scattered, _ = layer.moe_backward(dy_NC, daux, layer.moe_forward(x_NC, params, cfg)[-1])
 print("equal to rounding:", np.allclose(fetched, scattered, atol=1e-5))
 show("gather")
 
@@ -169,19 +171,21 @@ show("gather")
 #
 # ## 5. Memory that stays, and memory that is near
 #
-# A step makes and drops hundreds of arrays. The C library gives large ones back to the operating
-# system at once, and the next array must ask for its memory again, page by page, each page filled
-# with zeros first. `machine.keep_memory` asks the C library to keep what is free.
+# A step makes and drops hundreds of arrays. What is free at the end of its memory, the C library
+# gives back to the operating system, and the next array must ask for it again, page by page, each
+# page filled with zeros first. `machine.keep_memory` asks the C library to keep what is free. (It
+# also learns from the sizes that it has seen, and may then keep enough by itself: the gain differs
+# from model to model.)
 
 # %%
 show("memory")
 
 # %% [markdown]
-# A core computes far faster than memory delivers, and keeps what it used last in a **cache** of a
-# few megabytes. GELU takes about a dozen passes over its array. Over a large array, every pass
-# waits for memory; over a *block* that fits into the cache, only the first one does. So the passes
-# run block by block (`rows.in_blocks`). The slope that the backward needs is worked out in the same
-# visit, while everything is at hand.
+# A core computes far faster than memory delivers, and keeps what it used last in a **cache**: about
+# a megabyte that is fast, and more that is slower. GELU takes about a dozen passes, over several
+# arrays of one size. Over large arrays, every pass waits for memory; over *blocks* that fit into
+# the cache together, only the first one does. So the passes run block by block (`rows.in_blocks`).
+# The slope that the backward needs is worked out in the same visit, while everything is at hand.
 
 # %%
 numbers = 12 * 64 * 512  # of 12 sequences of 64 tokens; a shard of section 6 has half of them
@@ -194,12 +198,24 @@ print("GELU", h.round(3), "slope", slope.round(3))
 show("activations")
 
 # %% [markdown]
+# AdamW takes a dozen passes, too, over parameters, gradients and two averages; so it works through
+# every array in blocks. And reductions: NumPy's own sum of short rows loses most of its time
+# between the rows. `rows.sums` is a matrix product with a column of ones instead, `rows.dots` is
+# `np.einsum`, `rows.maximum` an argmax and a look-up.
+
+# %%
+x = rng.standard_normal((384, 128), dtype="float32")
+print("equal to rounding:", np.allclose(rows.sums(x), x.sum(-1, keepdims=True), atol=1e-4))
+show("blocks")
+show("rows")
+
+# %% [markdown]
 # ## 6. Two cores
 #
 # The library can share one product between cores. For small products that is mostly waiting: the
 # cores meet after every one of them. It is better to give each core its own part of the batch, a
-# **shard**: they meet once, when the gradients are added up. (Measured with a process for each
-# shard: the gain contains that of the processes below.)
+# **shard**: they meet a few times a step, to add up the gradients and to share out the optimizer's
+# work. (Measured with a process for each shard: the gain contains that of the processes below.)
 
 # %%
 show("shards")
@@ -210,6 +226,11 @@ show("shards")
 
 # %%
 show("processes")
+print("leaves for shards on threads (ratio of the medians):")
+for name, row in models.items():
+    gains = [bench_report.gain(row, step) for step in ("shards", "processes")]
+    if all(gains):
+        print(f"    {name:22} {gains[0]['median'] / gains[1]['median']:5.2f}")
 
 # %% [markdown]
 # **Shards change the function.** Each is routed by itself, so capacity limits and balance losses
@@ -221,7 +242,7 @@ show("processes")
 # In the layer of 128 experts, each has about 16 rows. Its product is so small that the library's
 # preparations (it first copies the matrices into an order of its own) are a large part of the work.
 # Smaller pieces of the matrix skip these preparations. And the threads share out whole experts
-# instead of meeting in every product.
+# instead of meeting in every product: each takes the next expert when it is done with one.
 
 # %%
 few = (rng.standard_normal((64, 128)).astype("float32"), np.arange(0, 65, 16))  # 16 rows each
@@ -248,14 +269,16 @@ show("few")
 # gain to show here, as section 9 repeats.
 
 # %%
-T = 60
-print(f"rows through the model for {T} tokens: {T * (T + 1) // 2} without a cache, {T} with it")
+prompt, T = bench.PROMPT, bench.WRITTEN
+without, kept = sum(range(prompt, prompt + T)), prompt + T - 1
+print(f"rows through the model for {T} tokens: {without} without a cache, {kept} with it")
 for step in bench.OF_GENERATION:
     show(step)
 
 # %% [markdown]
-# The three are not independent: without the cache there is no "single token" either, so the first
-# gain contains the second.
+# The gain is smaller than the ratio of the rows: many rows in one product cost less each than a row
+# alone. And the three are not independent: without the cache there is no "single token" either, so
+# the first gain contains the second.
 #
 # ## 9. What could not be shown to help
 #
@@ -267,14 +290,17 @@ for name, row in models.items():
     for step in row["steps"]:
         found = bench_report.gain(row, step)
         if found["low"] <= 1 <= found["high"]:
-            print(f"{name:22} {found['median']:.2f}  {bench.STEPS[step]}")
+            spread = f"({found['low']:.3f} to {found['high']:.3f})"
+            print(f"{name:22} {found['median']:.2f} {spread:18} {bench.STEPS[step]}")
 
 # %% [markdown]
 # Blocks in the optimizer keep its temporaries small, whatever the size of the largest array, and
-# that is why they stay. Sums of rows as products (`rows.sums`) are as short to write as NumPy's
-# own, and one block of weights is one line. None of them is kept for its speed. What has no gain in
-# one model may have one in another: look for its other rows above. Where a median is well above 1,
-# more rounds on a quieter machine may decide; until then, do not build on it.
+# that is why they stay. `rows.sums` is as short to write as NumPy's own sum, and one block of
+# weights is one line. None of them is kept for its speed. What has no gain in one model may have
+# one in another: look for its other rows above. An idea can be right, and its part of a step too
+# small to show: by itself, `np.add.at` takes many times as long as the look-up (measure it, with
+# `%timeit`). Where a median is well above 1, a quieter machine may decide; more rounds alone can
+# only widen such a spread. Until then, do not build on it.
 #
 # **Your predictions.** The first is answered in section 2. For the other two, once more the gains
 # of giving each core its own half, of float32, and of an optimizer in blocks:
@@ -293,9 +319,10 @@ display(bench_pictures.steps_figure(removals))
 # ## Exercise
 #
 # Your turn: write `dots`, the scalar product of each row of `x` with the same row of `y`. They have
-# the same shape, `(..., C)` with any number of axes; the answer has the shape `(..., 1)`. The cell
-# compares it with the package's, puts it in its place, and looks at the gradient of a layer. Find
-# more than one way, then measure them: `%timeit` in a cell of your own. Which shapes favor which?
+# the same shape, `(..., C)` with any number of axes; the answer has the shape `(..., 1)` and their
+# type. The cell checks it, puts it in the place of the package's, and looks at the gradient of a
+# layer. Find more than one way, then measure them: `%timeit` in a cell of your own. Which shapes
+# favor which?
 
 
 # %%
@@ -303,15 +330,13 @@ def my_dots(x, y):
     raise NotImplementedError("replace this line")
 
 
-x, y = rng.standard_normal((2, 4, 96, 128))
-verdict = exercises_06.verdict(my_dots, (x, y), rows.dots(x, y), {})
+verdict = exercises_13.check_dots(my_dots)
 print(verdict)
 if verdict.startswith("right"):
     with registry.swap("dots", my_dots):
-        _, grads = layer.moe_backward(y_NC, one, layer.moe_forward(x_NC, params, cfg)[-1])
-    mine, right = grads.router.w_CE, layer.moe_backward(y_NC, one, cache)[1].router.w_CE
-    print("type of the gradient:", mine.dtype == right.dtype, end=", ")
-    print("its numbers:", np.allclose(mine, right, atol=1e-5))
+        _, grads = layer.moe_backward(dy_NC, daux, layer.moe_forward(x_NC, params, cfg)[-1])
+    mine, theirs = grads.router.w_CE, layer.moe_backward(dy_NC, daux, cache)[1].router.w_CE
+    print("a layer's gradient with it, equal to rounding:", np.allclose(mine, theirs, atol=1e-5))
 
 # %% [markdown]
 # ## Where to go next

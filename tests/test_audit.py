@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from moe_numpy.classroom import exercises_06
+from moe_numpy.classroom import exercises_06, exercises_13
 from moe_numpy.config import Capacity
 from moe_numpy.lab import audit, pictures
 from moe_numpy.moe import capacity, router
-from moe_numpy.ops import softmax
+from moe_numpy.ops import rows, softmax
 
 ROUTER, NOISE = slice(0, 1), slice(1, 2)
 EXPERTS = slice(2, 4)
@@ -312,3 +312,34 @@ def test_the_gates_of_the_audit_are_what_their_names_say():
         moe = audit.gate_config(gate, 4)
         assert (moe.top_k, moe.renormalized) == (top_k, renormalized)
         assert dataclasses.replace(moe, balance=()) == moe
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (rows.dots, "right: 4 numbers agree with the judge"),
+        (lambda x, y: (x * y).sum(-1, keepdims=True), "right: "),
+        (lambda x, y: (x[..., None, :] @ y[..., None])[..., 0], "right: "),
+        (lambda x, y: (x * y).mean(-1, keepdims=True), "wrong: the mean was taken"),
+        (lambda x, y: (x * x).sum(-1, keepdims=True), "wrong: the rows of x were multiplied with"),
+        (lambda x, y: (x + y).sum(-1, keepdims=True), "wrong: the rows were added"),
+        (lambda x, y: (x * y).sum(-1), "the answer must have the shape (4, 1)"),
+        (lambda x, y: np.einsum("ac,ac->a", x, y)[:, None], "right for (4, 6); but for (7,): the"),
+        (
+            lambda x, y: np.einsum("...c,...c->...", x[..., :128], y[..., :128])[..., None],
+            "right for (4, 6); but for (3, 300): wrong",
+        ),
+        (lambda x, y: rows.dots(x, y).tolist(), "the answer must be an array, got list"),
+        (
+            lambda x, y: rows.dots(x, y).astype("float32"),
+            "of arrays of float64, the answer must be one of float64, got float32",
+        ),
+        (
+            lambda x, y: rows.dots(x, y).astype("float64"),
+            "of arrays of float32, the answer must be one of float32, got float64",
+        ),
+        (todo, "not solved yet: your turn"),
+    ],
+)
+def test_the_check_of_chapter_13_says_what_is_wrong_with_scalar_products_of_rows(answer, says):
+    assert exercises_13.check_dots(answer).startswith(says)

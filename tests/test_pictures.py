@@ -50,21 +50,23 @@ def side(name, median=None, ratio=None, **facts):
 
 def test_a_rival_is_drawn_at_its_ratio_with_its_spread_and_a_faster_one_in_another_color():
     sides = [side("we"), side("slow", ratio=(2.0, 1.5, 4.0)), side("fast", ratio=(0.5, 0.4, 0.8))]
+    sides += [side("near", ratio=(0.9, 0.7, 1.1))]
     rows = [{"row": "step", "name": "dense", "sides": sides}]
     ax = drawn(bench_pictures.plot_ratios, {"threads": 2, "rows": rows})
-    slow, fast, one = ax.lines
-    assert (curve(slow), curve(fast)) == ([[2.0, 0]], [[0.5, 1]])
-    assert (slow.get_color(), fast.get_color()) == (plots.GOOD, plots.BAD)
+    *dots, one = ax.lines
+    assert [curve(dot) for dot in dots] == [[[2.0, 0]], [[0.5, 1]], [[0.9, 2]]]
+    assert [dot.get_color() for dot in dots] == [plots.GOOD, plots.BAD, plots.NEUTRAL]
     spreads = [segments(c) for c in ax.collections]
-    assert spreads == [[[[1.5, 0], [4.0, 0]]], [[[0.4, 1], [0.8, 1]]]]
+    assert spreads == [[[[1.5, 0], [4.0, 0]]], [[[0.4, 1], [0.8, 1]]], [[[0.7, 2], [1.1, 2]]]]
     assert [*one.get_xdata()] == [1.0, 1.0]
-    assert [tick.get_text()[-4:] for tick in ax.get_yticklabels()] == ["slow", "fast"]
+    assert [tick.get_text()[-4:] for tick in ax.get_yticklabels()] == ["slow", "fast", "near"]
 
 
 def test_each_side_of_a_layer_has_a_curve_of_its_own_times():
     common = {"row": "layer", "name": "wide", "hidden": 8, "tokens": 9}
     rows = [
-        common | {"top_k": k, "experts": E, "sides": [side("we", k * E), side("they", 10 * k * E)]}
+        {"top_k": k, "experts": E, "rounds": 9 - E // 4 - k, **common}
+        | {"sides": [side("we", k * E), side("they", 10 * k * E)]}
         for k in (2, 1)
         for E in (4, 16)
     ]
@@ -77,15 +79,21 @@ def test_each_side_of_a_layer_has_a_curve_of_its_own_times():
     ]
     assert ["they" in line.get_label() for line in ax.lines] == [False, True] * 2
     assert ["2" in line.get_label() for line in ax.lines] == [False] * 2 + [True] * 2
+    assert [line.get_linestyle() for line in ax.lines] == ["-"] * 2 + ["--"] * 2
+    alone = drawn(bench_pictures.plot_experts, {"rows": rows[:2]}, "wide")
+    assert {line.get_linestyle() for line in alone.lines} == {"--"}  # top-2, as beside top-1
+    assert ax.get_xlabel() == "experts (median of rounds: top-1 4, top-2 3)"
 
 
 def test_a_step_is_split_into_its_products_and_the_rest():
-    products = {"share": {"median": 0.75}, "step_over_products": {"median": 4 / 3}}
+    over = {"median": 4 / 3, "low": 1.2, "high": 1.5}
+    products = {"share": {"median": 0.75}, "step_over_products": over}
     rows = [{"row": "step", "name": "MoE", "sides": [side("we", 8.0)], "products": products}]
     ax = drawn(bench_pictures.plot_shares, {"rows": rows})
     assert bars(ax)[:2] == [(0, 6, 0), (6, 8, 0)]
     [products, *_], [label, *_] = ax.get_legend_handles_labels()
     assert products[0] is ax.patches[0] and "products" in label
+    assert " ".join(ax.texts[0].get_text().split()) == "1.33 times its products (1.20 to 1.50)"
 
 
 def test_our_memory_is_drawn_beside_the_least_of_the_rivals():

@@ -155,7 +155,7 @@ def test_the_speed_tables_are_those_of_the_records(speed):
     theirs, ours = ([f(sizes) for sizes in built] for f in (lambda s: min(s[1:]), lambda s: s[0]))
     told = "{}, {} and {} MiB, ours {}, {} and {} MiB".format(*theirs, *ours)
     assert told in " ".join(README.split())
-    used = f"{np.min(effective):.1f} to {np.max(effective):.1f} of 8 experts in use"
+    used = f"{np.min(effective):.1f} to {np.max(effective):.1f} effective experts of 8"
     assert used in " ".join(README.split())
 
 

@@ -75,7 +75,7 @@ WIDTH = 128  # of the layers
 ROWS_TO_SPLIT = 256  # rows of an expert from which on the tokens are split over the threads
 FEW_ROWS = 16  # the same for small experts
 FINE = (64, 4096, (8, 64, 1024))  # fine-grained layers: hidden units, tokens, numbers of experts
-WRITTEN = 60  # tokens of a text
+PROMPT, WRITTEN = 4, 60  # tokens of a text
 
 # What PyTorch does in each race: the name of a side, how its experts run, whether AdamW is fused.
 RIVALS = {
@@ -105,7 +105,7 @@ STEPS = {
     "shards": "a shard a core (and its process), not threads in products",
     "processes": "a process for each shard, not a thread",
     "float32": "float32, not float64",
-    "rows": "sums of rows as products, not NumPy's reductions",
+    "rows": "rows reduced by faster ways, not NumPy's reductions",
     "activations": "activations in blocks and in place, not in whole arrays",
     "blocks": "optimizer in blocks, not whole arrays",
     "gather": "gather on the way back, not np.add.at",
@@ -413,7 +413,7 @@ def _generation(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
 
 def _our_text(plan: Plan) -> Worker:
     described = config.to_dict(models(plan.quick)["Mixtral"])
-    return ours("generate", plan, config=described, prompt=4, tokens=WRITTEN)
+    return ours("generate", plan, config=described, prompt=PROMPT, tokens=WRITTEN)
 
 
 def _imports(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,10 @@ from moe_numpy.lab.plots import BAD, COLORS, GOOD, NEUTRAL
 
 
 def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
-    """Draw the time of every rival over ours, with the spread of the rounds; the line is at one."""
+    """Draw the time of every rival over ours, with the spread of the rounds; the line is at one.
+
+    A spread that includes one proves nothing, and is gray.
+    """
     names, found = [], []
     for row in record["rows"]:
         what = {
@@ -28,11 +31,12 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
                 names.append(textwrap.fill(f"{what}: {side['name']}", 46))
                 found.append(side["ratio"])
     for y, ratio in enumerate(found):
-        color = GOOD if ratio["median"] >= 1 else BAD
+        color = GOOD if ratio["low"] > 1 else BAD if ratio["high"] < 1 else NEUTRAL
         ax.hlines(y, ratio["low"], ratio["high"], color=color, linewidth=2, alpha=0.5)
         ax.plot(ratio["median"], y, "o", color=color)
-        ax.text(ratio["median"], y - 0.18, f"{ratio['median']:.2f}", ha="center", fontsize=8)
-    ax.axvline(1.0, color=NEUTRAL, linewidth=0.8, linestyle="--")
+        text = ax.text(ratio["median"], y - 0.18, f"{ratio['median']:.2f}", ha="center", fontsize=8)
+        text.set_bbox({"color": "white", "pad": 0.5, "alpha": 0.8})
+    ax.axvline(1.0, color=NEUTRAL, linewidth=0.8, linestyle="--", zorder=0)
     ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.set(xscale="log", xlabel="rival's time / our time (dot: median of rounds, bar: all rounds)")
     _mark_ratios(ax)
@@ -47,9 +51,12 @@ def plot_experts(ax: Axes, record: dict[str, Any], name: str) -> Axes:
     if not rows:
         ax.set_axis_off()
         return ax
-    for style, k in zip(("o-", "s--"), sorted({row["top_k"] for row in rows}), strict=False):
+    rounds = {}
+    for k in sorted({row["top_k"] for row in rows}):
+        style = "s--" if k > 1 else "o-"
         own = [row for row in rows if row["top_k"] == k]
         experts = [row["experts"] for row in own]
+        rounds[k] = min(row["rounds"] for row in own)
         for i, side in enumerate(own[0]["sides"]):
             times = [row["sides"][i]["milliseconds"]["median"] for row in own]
             label = f"{side['name']}, top-{k}"
@@ -62,7 +69,8 @@ def plot_experts(ax: Axes, record: dict[str, Any], name: str) -> Axes:
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
     ax.legend(fontsize=7)
-    ax.set(xlabel="experts", ylabel="forward and backward (ms)")
+    told = ", ".join(f"top-{k} {count}" for k, count in rounds.items())
+    ax.set(xlabel=f"experts (median of rounds: {told})", ylabel="forward and backward (ms)")
     return ax
 
 
@@ -77,8 +85,11 @@ def plot_shares(ax: Axes, record: dict[str, Any]) -> Axes:
         share = row["products"]["share"]["median"]
         ax.barh(y, share * whole, color=GOOD, label="matrix products alone" if not y else None)
         ax.barh(y, (1 - share) * whole, left=share * whole, color=COLORS[1])
-        over = row["products"]["step_over_products"]["median"]
-        ax.text(whole, y, f" {over:.2f} times its products", va="center", fontsize=8)
+        over = row["products"]["step_over_products"]
+        spread = (
+            f"{over['median']:.2f} times its products\n ({over['low']:.2f} to {over['high']:.2f})"
+        )
+        ax.text(whole, y, f" {spread}", va="center", fontsize=8)
     ax.barh(0, 0, color=COLORS[1], label="everything else")
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
     ax.margins(x=0.5)

@@ -30,6 +30,7 @@ CHANGES = 0.1  # the same for changes of parameters, by their norms: AdamW divid
 # size, so what is next to zero may go either way
 BUSY = 0.15  # share of the machine's time that others took: more marks the round
 GAP = 0.1  # seconds between two blocks
+A_LITTLE = 3  # repetitions after which a worker has needed all its memory
 QUIET_ROUNDS = 3  # as many must be left for the busy ones to be set aside
 PATIENCE = 4  # times the rounds that were asked for: then no further quiet ones are waited for
 
@@ -132,7 +133,7 @@ def race_all(
     return {"sides": sides, "rounds": kept, "busy": busy, "difference": difference}
 
 
-def tell(workers: list[Worker], repeats: int = 3, facts: tuple[str, ...] = ()) -> list[dict]:
+def tell(workers: list[Worker], facts: tuple[str, ...] = ()) -> list[dict]:
     """Start the workers one after the other, let each work a little, and ask for its facts.
 
     Returns     for each, "built" and "peak" (bytes of memory before and after the work, or None)
@@ -146,7 +147,7 @@ def tell(workers: list[Worker], repeats: int = 3, facts: tuple[str, ...] = ()) -
                     process.ask("give", given)
                 process.ask("take", given)
                 answers = {"built": process.ask("peak")}
-                process.ask("go", repeats)
+                process.ask("go", A_LITTLE)
                 answers |= {"peak": process.ask("peak")}
                 answers |= {} if found else {fact: process.ask("tell", fact) for fact in facts}
                 found.append(answers)

@@ -19,12 +19,13 @@ from moe_numpy.config import MoEConfig
 from moe_numpy.ops import activation
 
 # OpenBLAS multiplies small matrices as they lie. Larger ones it first copies into an order of its
-# own, which costs more than a product of few rows does; narrow parts of them are small again. With
-# FEW = 0 there are no parts; what they gain is the step "few" of figures/speed_steps.json.
+# own, which costs more than a product of few rows does. So where an expert has few rows, its matrix
+# is multiplied in parts, which are small again. With FEW = 0 there are no parts; what they gain is
+# the step "few" of figures/speed_steps.json.
 FEW = 32  # rows of an expert
-SMALL = 1_000_000  # multiplications
-WIDE, NARROW = 64, 32  # of a part, and of one of a transposed matrix: those must be smaller, and
-# FEW rows times NARROW columns of a result are as many as a product with such a matrix may have
+SMALL = 1_000_000  # multiplications of a small product,
+SMALL_RESULT = 1024  # or if its matrix is transposed: numbers of the result
+WIDE, NARROW = 64, 32  # columns (rows, of a gradient) in a part, and in one of a transposed matrix
 
 
 class ExpertParams(NamedTuple):
@@ -101,7 +102,8 @@ def grouped_linear_forward(
     Shapes     x_RI (R, I), rows sorted by expert; w_EIO (E, I, O); offsets E + 1 integers
                -> y_RO (R, O)
     Cache      (x_RI, w_EIO, offsets): no copies
-    Source     Gale et al. 2022, MegaBlocks, section 4; differs: a loop over dense slices
+    Source     Gale et al. 2022, MegaBlocks, section 4; differs: a loop over dense slices, few rows
+               in several products with parts of a large matrix
     """
     R, (E, I, O) = x_RI.shape[0], w_EIO.shape
     y_RO = xp.empty((R, O), x_RI.dtype)
@@ -144,7 +146,7 @@ def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
         x, dy, count = x_RI[start:end], dy_RO[start:end], end - start
         if count > FEW:
             xp.matmul(dy, w_EIO[e].T, out=dx_RI[start:end])
-        elif count * I > FEW * NARROW:
+        elif count * I > SMALL_RESULT:
             xp.matmul(dy, w_EQOJ[e], out=dx_QRJ[:, start:end])
         elif count:
             xp.dot(dy, w_EIO[e].T, out=dx_RI[start:end])

@@ -1,4 +1,4 @@
-"""Reductions of rows (the last axis) as matrix products, and work done a block of rows at a time.
+"""Reductions of rows (the last axis) by faster ways, and work done a block of rows at a time.
 
 NumPy's own reductions of short rows lose most of their time between the rows. Its operations on
 large arrays wait for memory; on blocks that fit into a core's cache they do not.

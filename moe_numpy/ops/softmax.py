@@ -96,7 +96,7 @@ def sink_softmax_backward(da_BHTS: Array, cache: Cache) -> tuple[Array, Array]:
     Shapes     da_BHTS (B, H, T, S) -> dz_BHTS (B, H, T, S), dsink_H (H,)
     """
     a_BHTS, rest = cache
-    inner = (a_BHTS * da_BHTS).sum(-1, keepdims=True)
+    inner = rows.dots(a_BHTS, da_BHTS)
     return a_BHTS * (da_BHTS - inner), -(rest * inner).sum((0, 2, 3))  # 2. and 1.
 
 

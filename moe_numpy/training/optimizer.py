@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from moe_numpy import machine, tree
@@ -71,6 +72,27 @@ def update(
 
     Raises     ValueError if gradients or state are not those of the parameters and configuration
     """
+    jobs = _jobs(params, grads, state, cfg, step, rate, scale)
+    jobs.sort(key=lambda job: -job[1][0].size)  # parts of about equal work
+    jobs = jobs[share]
+
+    def work(i: int) -> None:
+        rule, arguments = jobs[i]
+        rule(*arguments)
+
+    machine.for_each(work, len(jobs), sum(arguments[0].size for _, arguments in jobs))
+
+
+def _jobs(
+    params: tree.Tree,
+    grads: tree.Tree,
+    state: OptimizerState,
+    cfg: AdamW | SGD,
+    step: int,
+    rate: float,
+    scale: float,
+) -> list[tuple[Callable, tuple]]:
+    """List what is to do: the rule and its arguments for each array, or each expert with tokens."""
     adam = isinstance(cfg, AdamW)
     if adam != (state.second is not None):
         raise ValueError(
@@ -81,7 +103,7 @@ def update(
     leaves = zip(
         tree.named_leaves(params), tree.leaves(grads), tree.leaves(state.first), strict=True
     )
-    jobs = []
+    jobs: list[tuple[Callable, tuple]] = []
     for i, ((name, p), g, first) in enumerate(leaves):
         if g.shape != p.shape:
             raise ValueError(
@@ -96,14 +118,7 @@ def update(
                 jobs.append((_adamw, (*part, cfg, step, rate, scale, decay)))
         else:
             jobs.append((_sgd, (p, g, first, cfg, rate, scale, decay)))
-    jobs.sort(key=lambda job: -job[1][0].size)  # parts of about equal work
-    jobs = jobs[share]
-
-    def work(i: int) -> None:
-        rule, arguments = jobs[i]
-        rule(*arguments)
-
-    machine.for_each(work, len(jobs), sum(arguments[0].size for _, arguments in jobs))
+    return jobs
 
 
 def _busy_experts(name: str, arrays: tuple[Array, ...]) -> list[tuple[Array, ...]]:
@@ -143,7 +158,7 @@ def _adamw(
         m *= cfg.beta1
         m += x
         x *= x
-        x *= (1.0 - cfg.beta2) / (1.0 - cfg.beta1) ** 2
+        x *= (1.0 - cfg.beta2) / (1.0 - cfg.beta1) ** 2  # of (1 - beta1) g, now (1 - beta2) g^2
         v *= cfg.beta2
         v += x
         xp.sqrt(v, out=x)

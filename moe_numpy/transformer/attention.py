@@ -233,8 +233,8 @@ def attention_backward(dy_BTC: Array, cache: Cache) -> tuple[Array, AttentionPar
 
     Shapes     dy_BTC (B, T, C) -> dx_BTC (B, T, C), grads
     """
-    inputs, norms, turns, scores_cache, out_cache, a_BHTS, v_BGSD, params = cache
-    q_cache, k_cache, v_cache = inputs
+    projections, norms, turns, scores_cache, out_cache, a_BHTS, v_BGSD, params = cache
+    q_cache, k_cache, v_cache = projections
     H, D, C = params.out_HDC.shape
     do_BTA, dout_AC, dout_C = linear.linear_backward(dy_BTC, out_cache)  # 6.
     G = v_BGSD.shape[1]
