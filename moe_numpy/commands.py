@@ -66,7 +66,7 @@ def collapse(options: argparse.Namespace) -> int:
     sizes = ({"steps": 80, "seeds": (0, 1)} if options.quick else {}) | sizes
     study = study_module.Study(**sizes)
     conditions = list(study.conditions())
-    folder = _folder(options, part=bool(sizes))
+    folder = _folder(options, bool(sizes), "collapse")
     _say(
         options,
         f"Training {len(conditions)} conditions x {len(study.seeds)} seeds, {study.steps} steps "
@@ -98,7 +98,7 @@ def _collapse_settings(options: argparse.Namespace) -> int:
             "on the host. Leave it out."
         )
     sizes = {"steps": 100, "seeds": (0, 1)} if options.quick else {}
-    folder = _folder(options, part=options.quick)
+    folder = _folder(options, options.quick, "collapse_settings")
     record = rich_get_richer.run_settings(rich_get_richer.Study(**sizes))
     _keep(record, Path(folder, "collapse_settings.json"))
     print(json.dumps(record) if options.json else rich_get_richer.table(record))
@@ -246,7 +246,8 @@ def bench(options: argparse.Namespace) -> int:
     """Measure how fast this machine trains and writes, alone and against PyTorch."""
     from moe_numpy.lab import bench as study_module
 
-    folder = _folder(options, part=options.quick or bool(options.only))
+    part = options.quick or bool(options.only)
+    folder = _folder(options, part, "speed", "speed_steps")
     whom = {"torch": "PyTorch", "transformers": "Transformers"}
     reasons = {library: study_module.why_not(library) for library in whom}
     for library, reason in reasons.items():
@@ -336,7 +337,7 @@ def _train_systems(options: argparse.Namespace) -> int:
     sizes = {} if options.name is None else {"names": (options.name,)}
     if options.seeds is not None:
         sizes["seeds"] = tuple(range(options.seeds))
-    folder = _folder(options, part=bool(sizes))
+    folder = _folder(options, bool(sizes), "systems")
     record = study_module.run_systems(study_module.Study(**sizes))
     _keep(record, Path(folder, "systems.json"))
     print(json.dumps(record) if options.json else study_module.table(record))
@@ -497,10 +498,15 @@ def _require_seed(seed: int) -> None:
         raise ValueError(f"--seed must not be negative, got {seed}. Use 0.")
 
 
-def _folder(options: argparse.Namespace, part: bool) -> str:
-    """Choose the folder of a record: a part must not take the place of the committed whole."""
+def _folder(options: argparse.Namespace, part: bool, *names: str) -> str:
+    """Choose the folder of the named records, and see that they can be written there.
+
+    A part of a study must not take the place of the committed whole.
+    """
     folder = options.out or ("figures/quick" if part else "figures")
-    files.require_folder(folder)
+    for name in names:
+        for kind in (".json", ".png"):
+            files.require_place(Path(folder, name + kind))
     return folder
 
 

@@ -18,9 +18,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Non
                if writing fails, as on a full disk
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"output: {path} must be a file, got a folder. Name a file in it.")
-    require_folder(path.parent)
+    require_place(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
@@ -55,6 +53,17 @@ def read_json(path: str | Path) -> Any:
             f"read_json: {path} must be a record in JSON, got: {error}. "
             "Write it anew with the command that makes it."
         ) from None
+
+
+def require_place(path: str | Path) -> None:
+    """See that a file can be written there.
+
+    Raises     ValueError if its folder cannot be written to, or the place itself is a folder
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"output: {path} must be a file, got a folder. Name a file in it.")
+    require_folder(path.parent)
 
 
 def require_folder(folder: str | Path) -> None:

@@ -9,11 +9,16 @@ from dataclasses import dataclass
 
 from moe_numpy.config import (
     GATED,
+    ExpertChoice,
+    GaussianNoise,
     Hierarchy,
     LearnedNoise,
+    LoadLoss,
     ModelConfig,
     MoEConfig,
     SoftSlots,
+    ZLoss,
+    rules,
 )
 
 PARTS = (
@@ -32,6 +37,8 @@ LEFT = {
     **{"identity": 1, "relu": 1.25, "silu": 2, "gelu_tanh": 2, "gelu": 3, "swiglu": 3, "geglu": 3},
     **{"clamped_swiglu": 4.5, "swiglu3": 5},  # a boolean is a quarter of a number in float32
 }
+# Numbers that it makes on top at the worst moment, and drops again; where not said, two.
+MADE = {"gelu": 4, "swiglu": 3, "geglu": 3, "swiglu3": 4, "clamped_swiglu": 6}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +138,7 @@ def count(
         model's layers also attends to its result. Then work is that of one token on each side.
     """
     length = cfg.context if context is None else context
+    rules.whole_number("count", "context", length, 1)
     halves = 2 if encoder else 1
     dense = cfg.layers - cfg.moe_count + (cfg.moe_count if cfg.extra_ffn else 0)
     rows = [
@@ -169,13 +177,16 @@ def step_memory(cfg: ModelConfig, batch: int, moments: int = 2) -> StepMemory:
     where t_l is what the backward of a layer makes and drops again: gradients of the scores or of
     the hidden rows, whichever are more, and some of the stream. With `cfg.recompute` a layer leaves
     C numbers, and a_l while its backward lasts. The peak is that of a step to 15 %, if the tokens
-    outweigh the vocabulary: the gradient of a tied table is not counted at the loss.
+    outweigh the vocabulary (the gradient of a tied table is not counted at the loss) and no search
+    for places (next_best, Assignment) needs more than all that.
 
     Parameters
     ----------
     batch : sequences of `cfg.context` tokens.
     moments : averages of the optimizer, 2 for AdamW.
     """
+    rules.whole_number("step_memory", "batch", batch, 1)
+    rules.whole_number("step_memory", "moments", moments, 0)
     tokens, C, V = batch * cfg.context, cfg.width, cfg.vocab_size
     left = [_left(cfg, layer) for layer in range(cfg.layers)]
     made = [_made(cfg, layer) for layer in range(cfg.layers)]
@@ -205,18 +216,46 @@ def _left(cfg: ModelConfig, layer: int) -> float:
     dense = LEFT[cfg.dense_activation] * (cfg.hidden or 0)
     if not cfg.is_moe(layer):
         return found + dense
-    found += moe.top_k * (2 * C + LEFT[moe.activation] * moe.hidden) + 2 * moe.num_experts
+    rows = _rows(cfg)
+    fetched = rows if isinstance(moe.selection, SoftSlots) else moe.top_k  # of dropped rows zeros
+    found += (fetched + rows) * C + rows * LEFT[moe.activation] * moe.hidden + _router_tables(moe)
     if moe.shared is not None:
         found += LEFT[moe.activation] * moe.shared.hidden + C * moe.shared.gated
     return found + (2 * C + dense) * cfg.extra_ffn
 
 
-def _made(cfg: ModelConfig, layer: int) -> int:
+def _made(cfg: ModelConfig, layer: int) -> float:
     """Count the numbers that the backward of a layer makes for one token and drops again."""
-    hidden = 2 * (cfg.hidden or 0)
+    hidden = MADE.get(cfg.dense_activation, 2) * (cfg.hidden or 0)
     if cfg.is_moe(layer):
-        hidden = 2 * cfg.moe.top_k * (cfg.moe.hidden + cfg.width)
-    return max(2 * cfg.heads * cfg.context, hidden) + 4 * cfg.width
+        moe = cfg.moe
+        rows = _rows(cfg) * (MADE.get(moe.activation, 2) * moe.hidden + 2 * cfg.width)
+        hidden = max(rows, _router_tables(moe) + moe.num_experts)
+    scores = (2 + 2 * (cfg.logit_cap is not None)) * cfg.heads * cfg.context
+    return max(scores, hidden) + 4 * cfg.width
+
+
+def _rows(cfg: ModelConfig) -> float:
+    """Count the rows that the experts of a layer work on, for one token; at most, with places."""
+    moe = cfg.moe
+    if isinstance(moe.selection, SoftSlots):
+        return moe.num_experts * moe.selection.slots / cfg.context
+    return moe.top_k * (1 if moe.capacity is None else min(1.0, moe.capacity.factor))
+
+
+def _router_tables(moe: MoEConfig) -> float:
+    """Count the numbers that a router leaves for one token: so many for each expert, and group."""
+    if isinstance(moe.selection, SoftSlots):
+        return 2 * moe.num_experts * moe.selection.slots
+    terms = {type(term) for term in moe.balance}
+    learned, grouped = isinstance(moe.noise, LearnedNoise), isinstance(moe.selection, Hierarchy)
+    tables = 1 + (moe.score != "softmax") + 2 * learned + isinstance(moe.noise, GaussianNoise)
+    tables += 3 * isinstance(moe.selection, ExpertChoice)
+    if grouped:
+        tables += 3 + 2 * learned + (LoadLoss in terms)
+        return (moe.num_experts + moe.selection.groups) * tables
+    tables += (ZLoss in terms) + 4.25 * (LoadLoss in terms)
+    return moe.num_experts * tables
 
 
 def _row(part: str, parameters: int, flops: int = 0) -> Row:

@@ -241,8 +241,9 @@ for name, row in models.items():
 #
 # In the layer of 128 experts, each has about 16 rows. Its product is so small that the library's
 # preparations (it first copies the matrices into an order of its own) are a large part of the work.
-# Smaller pieces of the matrix skip these preparations. And the threads share out whole experts
-# instead of meeting in every product: each takes the next expert when it is done with one.
+# Smaller pieces of the matrix skip these preparations (if the processor has AVX-512; kernels for
+# others prepare everything). And the threads share out whole experts instead of meeting in every
+# product: each takes the next expert when it is done with one.
 
 # %%
 few = (rng.standard_normal((64, 128)).astype("float32"), np.arange(0, 65, 16))  # 16 rows each

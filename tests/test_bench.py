@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -24,7 +25,18 @@ import tiny
 from moe_numpy import commands, config, files, ledger, machine, tree
 from moe_numpy.backend import xp
 from moe_numpy.classroom import registry
-from moe_numpy.config import MoEConfig, Shared
+from moe_numpy.config import (
+    AdamW,
+    Capacity,
+    Hierarchy,
+    ImportanceLoss,
+    LearnedNoise,
+    LoadLoss,
+    MoEConfig,
+    Shared,
+    SoftSlots,
+    ZLoss,
+)
 from moe_numpy.lab import (
     bench,
     bench_process,
@@ -403,6 +415,8 @@ def test_the_bytes_are_counted_once_each():
     assert 2 * hidden < found["activations"] < 40 * hidden
 
 
+LOUD = {"noise": LearnedNoise(), "balance": (ImportanceLoss(), LoadLoss(), ZLoss())}
+GROUPED = {"selection": Hierarchy(groups=8, kept=2)}
 MEMORY = {
     "dense": ("dense", {}, {}),
     "MoE": ("MoE", {}, {}),
@@ -421,6 +435,13 @@ MEMORY = {
     "many experts": ("MoE", {}, {"num_experts": 64}),
     "top-8": ("MoE", {}, {"num_experts": 64, "top_k": 8, "hidden": 64}),
     "a shared expert": ("MoE", {}, {"shared": Shared(hidden=256)}),
+    "recomputed exact gelu": ("dense", {"recompute": True, "activation": "gelu"}, {}),
+    "recomputed clamped": ("Mixtral", {"recompute": True}, {"activation": "clamped_swiglu"}),
+    "recomputed, narrow": ("dense", {"recompute": True, "activation": "gelu", "width": 32}, {}),
+    "few places": ("MoE", {}, {"capacity": Capacity(factor=0.4)}),
+    "routers": ("MoE", {"layers": 2}, {"num_experts": 512, "top_k": 1, "hidden": 8, **LOUD}),
+    "groups": ("MoE", {"layers": 2}, {"num_experts": 256, "hidden": 16, **LOUD, **GROUPED}),
+    "capped, long": ("dense", {"logit_cap": 5.0, "context": 512, "layers": 2}, {}),
 }
 
 
@@ -437,6 +458,26 @@ def test_the_memory_of_a_step_is_that_of_the_formula(name):
     assert told["optimizer"] == counted.optimizer and told["formula"] == counted.peak
     assert counted.activations == pytest.approx(told["activations"], rel=0.02)
     assert counted.peak == pytest.approx(told["peak of one shard"], rel=0.15)
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_the_memory_of_soft_slots_is_that_of_the_formula(slots):
+    """Such a model sees all positions: no run trains it, so the step is taken here."""
+    moe = MoEConfig(num_experts=8, top_k=8, hidden=256, selection=SoftSlots(slots=slots))
+    cfg = dataclasses.replace(bench.models()["MoE"], moe=moe, causal=False)
+    params = model.init_model(0, cfg)
+    state = optimizer.init_state(params, AdamW())
+    token_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (12, cfg.context))
+    peaks = []
+    for step in range(2):
+        tracemalloc.start()
+        _, grads = shards.gradients(token_BT, token_BT, params, cfg)
+        optimizer.update(params, grads, state, AdamW(), step, 1e-3)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        del grads
+    held = 3 * 4 * tree.size(params)
+    assert ledger.step_memory(cfg, 12).peak == pytest.approx(held + peaks[1], rel=0.15)
 
 
 def test_every_shard_has_gradients_of_its_own():

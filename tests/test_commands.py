@@ -361,3 +361,11 @@ def test_a_part_of_a_study_leaves_the_committed_record_alone(
         main(capsys, *command.split(), *flags.split(), "--json", *more)
     assert kept == [Path("figures" if whole else "figures/quick"), Path("o")]
     assert (asked[0] == type(asked[0])()) == whole
+
+
+@pytest.mark.parametrize("command", ["bench --quick", "collapse --steps 1", "systems --train"])
+def test_what_cannot_be_written_is_told_before_anything_is_measured(command, tmp_path, capsys):
+    name = {"bench": "speed_steps.png"}.get(command.split()[0], f"{command.split()[0]}.json")
+    (tmp_path / name).mkdir()
+    assert commands.main([*command.split(), "--out", str(tmp_path)]) == 1
+    assert f"{name} must be a file, got a folder" in capsys.readouterr().err

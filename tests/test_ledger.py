@@ -285,3 +285,17 @@ def test_latent_attention_by_hand():
     matrices = 6 * 3 + 3 * 2 * 3 + 6 * (4 + 1) + 4 * 2 * (2 + 5) + 2 * 5 * 6
     assert row.parameters == row.active == row.read == matrices + 3 + 4
     assert row.flops == 2 * matrices + 2 * 7 * 2 * (3 + 5)
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda cfg: ledger.count(cfg, 0), "count: context must be a whole number of at least 1"),
+        (lambda cfg: ledger.step_memory(cfg, -3), "step_memory: batch must be a whole number"),
+        (lambda cfg: ledger.step_memory(cfg, 2.5), "step_memory: batch must be a whole number"),
+        (lambda cfg: ledger.step_memory(cfg, 2, -1), "step_memory: moments must be a whole number"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(ask, words):
+    with pytest.raises(ValueError, match=words):
+        ask(tiny_model())

@@ -385,6 +385,21 @@ def test_a_batch_that_cannot_be_cut_into_equal_shards_is_refused(parts):
         shards.gradients(token_BT, target_BT, params, cfg, noise, shards=parts)
 
 
+def test_tokens_that_are_no_table_or_lack_targets_or_noise_are_refused():
+    token_BT, target_BT, params, cfg, noise = drawn(tiny.model(tiny.moe(noise=LearnedNoise())))
+    twice = tuple(np.concatenate((layer, layer)) for layer in noise)
+    pairs = np.concatenate((target_BT, target_BT))
+    for batch, words in (
+        ((token_BT, pairs, noise), rf"every token needs a target, got .* targets of \({2 * B}, "),
+        ((token_BT.tolist(), target_BT, noise), "tokens must be an array, got list"),
+        ((token_BT[0], target_BT[0], noise), r"tokens must be a table \(B, T\), got the shape"),
+        ((token_BT, target_BT, twice), rf"a row for each of {B * T} tokens, got \[{2 * B * T}\]"),
+    ):
+        for parts in (1, 2):
+            with pytest.raises(ValueError, match=f"shards: .*{words}"):
+                shards.gradients(*batch[:2], params, cfg, batch[2], shards=parts)
+
+
 def test_soft_slots_are_added_up_over_shards_like_all_others():
     soft = tiny.moe(selection=SoftSlots(), top_k=4)
     cfg = tiny.model(soft, causal=False)

@@ -68,6 +68,15 @@ def test_nor_under_other_settings(changes):
     assert tiny.same_run(*runs)
 
 
+@pytest.mark.parametrize("name", ["params", "state"])
+def test_other_arrays_in_the_place_of_the_shared_ones_are_refused(name):
+    here = tiny.run(shards=2)
+    replace = lambda run: setattr(run, name, tree.map(np.copy, getattr(run, name)))  # noqa: E731
+    with pytest.raises(ValueError, match="take_step: with processes the run must keep"):
+        loop.train(here, show_progress=False, processes=2, on_step=replace)
+    assert here.step == 1
+
+
 def test_the_team_leaves_the_gradients_and_tells_their_norm():
     with a_team(4, 3, tiny.moe()) as (here, crew):
         token_BT, target_BT = np.random.default_rng(0).integers(0, here.cfg.vocab_size, (2, 4, 16))

@@ -27,7 +27,7 @@ from moe_numpy.moe import jacobs
 from moe_numpy.moe import layer as moe_layer
 from moe_numpy.ops import loss, rotary
 from moe_numpy.training import data, optimizer, shards
-from moe_numpy.transformer import attention, block, decode, generation, model
+from moe_numpy.transformer import attention, block, generation, model
 
 V, T = 13, 7
 EXPERTS = MoEConfig(num_experts=3, top_k=2, hidden=5)
@@ -402,7 +402,7 @@ def test_a_cache_serves_one_backward():
     token_BT = np.zeros((1, T), int)
     _, _, cache = model.loss_forward(token_BT, token_BT, draw(0, cfg), cfg)
     model.loss_backward(1.0, cache)
-    with pytest.raises(ValueError, match=r"got one that a backward has consumed\. Run the"):
+    with pytest.raises(ValueError, match=r"got one that a backward has consumed, or"):
         model.loss_backward(1.0, cache)
 
 
@@ -525,13 +525,20 @@ def test_greedy_generation_of_every_flavor_is_that_of_full_forwards(flavor):
     assert list(generation.generate([1, 2, 3], params, cfg, 12, temperature=0)) == wanted
 
 
-def test_generation_keeps_of_a_layer_no_more_than_its_input(monkeypatch):
-    cfg, asked, forward = config(), [], model.model_forward
-    monkeypatch.setattr(decode, "supports", lambda cfg: False)
-    note = lambda *a, kv: asked.append(a[2].recompute) or forward(*a, kv=kv)  # noqa: E731
-    monkeypatch.setattr(model, "model_forward", note)
-    list(generation.generate([1, 2], draw(0, cfg), cfg, 3, rng=0))
-    assert asked == [True] * 3
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_forward_that_goes_on_keeps_no_layers_cache_and_has_no_backward(recompute):
+    cfg = config(recompute=recompute)
+    kv = tuple(attention.KeyValues(cfg, 1, "float64") for _ in range(cfg.layers))
+    logits, _, _, cache = model.model_forward(np.array([[1, 2]]), draw(0, cfg), cfg, kv=kv)
+    assert cache[3] == []
+    with pytest.raises(ValueError, match=r"or of a forward with kv\. Run the forward again"):
+        model.model_backward(logits, np.zeros(()), cache)
+    for wrong, words in (
+        (kv[:1], rf"entries of kv must be {cfg.layers}, .* got 1"),
+        (kv, r"kv must be of as many sequences as the tokens \(2\), got \[1\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.model_forward(np.array([[1], [2]]), draw(0, cfg), cfg, kv=wrong)
 
 
 @parametrize(ENCODERS)
@@ -747,8 +754,30 @@ def test_what_a_door_cannot_take_is_refused(call, words):
 def test_the_optimizer_takes_gradients_and_averages_of_its_parameters_alone():
     params, gradient = (np.ones((2, 3)),), (np.ones(1),)
     for cfg, other in ((AdamW(), SGD()), (SGD(), AdamW())):
-        with pytest.raises(ValueError, match=r"update: the gradient of 0 must have the shape \(2"):
-            optimizer.update(params, gradient, optimizer.init_state(params, cfg), cfg, 0, 0.1)
+        state = optimizer.init_state(params, cfg)
+        of_one, of_two = (optimizer.init_state(p, cfg) for p in (gradient, 2 * params))
+        half = (params[0].astype("float32"),)
+        for wrong, words in (
+            (
+                (params, gradient, state),
+                r"the gradient of 0 must be float64 of shape \(2, 3\), got",
+            ),
+            (
+                (params, half, state),
+                r"the gradient of 0 must be float64 .* got float32 of \(2, 3\)",
+            ),
+            ((params, 2 * params, state), "gradients for each of the 1 arrays .* got 2"),
+            ((params, params, of_one), r"the average of 0 must be float64 of shape \(2, 3\), got"),
+            ((params, params, of_two), "averages for each of the 1 arrays .* got 2"),
+            ((tree.map(np.asfortranarray, params), params, state), "parameters must be contiguous"),
+            ((params, params, tree.map(np.asfortranarray, state)), "averages must be contiguous"),
+        ):
+            with pytest.raises(ValueError, match=f"update: .*{words}"):
+                optimizer.update(*wrong, cfg, 0, 0.1)
+        for step, rate, words in ((-1, 0.1, "step must be"), (0, math.nan, "rate must not be")):
+            with pytest.raises(ValueError, match=f"update: {words}"):
+                optimizer.update(params, params, state, cfg, step, rate)
+        assert all((leaf == 0).all() for leaf in tree.leaves(state))
         with pytest.raises(ValueError, match="update: the state must be that of"):
             optimizer.update(params, params, optimizer.init_state(params, other), cfg, 0, 0.1)
     assert (params[0] == 1).all()

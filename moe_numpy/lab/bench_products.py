@@ -187,7 +187,8 @@ def bytes_of(run: loop.Run, crew: team.Team | None = None) -> dict[str, int]:
     """
     sizes = run.training.batch, run.cfg.context
     token, target = data.sample_batch(np.random.default_rng(0), run.corpus.train, *sizes)
-    _, _, cache = model.loss_forward(token, target, run.params, run.cfg)
+    noise = model.draw_noise(0, run.cfg, token.size, run.params.token_VC.dtype)
+    _, _, cache = model.loss_forward(token, target, run.params, run.cfg, noise)
     own = {id(_root(leaf)) for leaf in tree.leaves(run.params)}
     kept = {key: array for key, array in buffers(cache).items() if key not in own}
     activations = sum(array.nbytes for array in kept.values())

@@ -258,7 +258,8 @@ def _read_utf8(path: Path) -> str:
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise ValueError(
-            f"text_corpus: path must be a readable file, got '{path}' ({error.strerror}). Check it."
+            f"text_corpus: path must be a readable file, got '{str(path)[:200]}' "
+            f"({error.strerror}). Check it."
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(

@@ -147,11 +147,11 @@ def train(
     KeyboardInterrupt
         after Ctrl-C, once the step in progress is complete and the checkpoint is written.
     """
-    counts = {"save_every": save_every, "evaluate_every": evaluate_every, "threads": threads}
-    counts["processes"] = processes
+    counts = {"save_every": save_every, "processes": processes}
+    optional = {"evaluate_every": evaluate_every, "threads": threads}
+    counts |= {name: count for name, count in optional.items() if count is not None}
     for name, count in counts.items():
-        if count is not None:
-            rules.whole_number("train", name, count, 1)
+        rules.whole_number("train", name, count, 1)
     if processes > 1:
         team.require_possible(run.training.shards, processes)
     every = evaluate_every or max(1, run.training.steps // 4)
@@ -314,6 +314,11 @@ def take_step(run: Run, crew: team.Team | None = None) -> None:
     The processes of `crew` share it out, or else the threads of `machine.workers`.
     """
     cfg, training, step = run.cfg, run.training, run.step
+    if crew is not None and (run.params is not crew.params or run.state is not crew.state):
+        raise ValueError(
+            "take_step: with processes the run must keep the arrays that they share, got others. "
+            "Change them in place (tree.fill)."
+        )
     dtype = run.params.token_VC.dtype
     token_BT, target_BT = data.sample_batch(
         run.data_rng, run.corpus.train, training.batch, cfg.context

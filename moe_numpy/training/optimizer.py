@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moe_numpy import machine, tree
 from moe_numpy.backend import Array, few_launches, to_host, xp
-from moe_numpy.config import SGD, AdamW
+from moe_numpy.config import SGD, AdamW, rules
 
 # Biases with more than one axis: of heads, and of experts.
 BIASES = {"q_HD", "k_GD", "v_GD", "in_EF", "up_EF", "out_EC", "expert_bias_EO"}
@@ -27,11 +27,7 @@ def init_state(params: tree.Tree, cfg: AdamW | SGD) -> OptimizerState:
 
     Raises     ValueError if a parameter is not contiguous (it could not be updated in place)
     """
-    for name, leaf in tree.named_leaves(params):
-        if not leaf.flags.c_contiguous:
-            raise ValueError(
-                f"init_state: parameters must be contiguous arrays, got a view for {name}. Copy it."
-            )
+    _require_contiguous("init_state", "parameters", params)
     second = tree.map(xp.zeros_like, params) if isinstance(cfg, AdamW) else None
     return OptimizerState(tree.map(xp.zeros_like, params), second)
 
@@ -70,7 +66,9 @@ def update(
     share : the slice of the jobs to do; slice(i, None, n) for i = 0 to n - 1 are all of them
         together, in parts of about equal work.
 
-    Raises     ValueError if gradients or state are not those of the parameters and configuration
+    Raises     ValueError, before anything is changed, if gradients or state are not those of the
+               parameters and configuration, parameters or state are not contiguous, or a number is
+               out of range
     """
     jobs = _jobs(params, grads, state, cfg, step, rate, scale)
     jobs.sort(key=lambda job: -job[1][0].size)  # parts of about equal work
@@ -93,32 +91,53 @@ def _jobs(
     scale: float,
 ) -> list[tuple[Callable, tuple]]:
     """List what is to do: the rule and its arguments for each array, or each expert with tokens."""
+    rules.instance("update", "the configuration", cfg, (AdamW, SGD))
+    rules.whole_number("update", "step", step, 0)
+    rules.not_negative("update", "rate", rate)
     adam = isinstance(cfg, AdamW)
     if adam != (state.second is not None):
         raise ValueError(
             f"update: the state must be that of {type(cfg).__name__}, got that of another "
             "optimizer. Make it with `init_state` for this configuration."
         )
-    seconds = tree.leaves(state.second)  # none for SGD
-    leaves = zip(
-        tree.named_leaves(params), tree.leaves(grads), tree.leaves(state.first), strict=True
-    )
+    named = tree.named_leaves(params)
+    gradients, firsts = _alike("gradient", grads, named), _alike("average", state.first, named)
+    seconds = _alike("average", state.second, named) if adam else firsts
+    for what, arrays in (("parameters", params), ("averages", state)):
+        _require_contiguous("update", what, arrays)
     jobs: list[tuple[Callable, tuple]] = []
-    for i, ((name, p), g, first) in enumerate(leaves):
-        if g.shape != p.shape:
-            raise ValueError(
-                f"update: the gradient of {name} must have the shape {p.shape}, got {g.shape}. "
-                "Pass gradients of the same parameters."
-            )
+    for (name, p), g, first, second in zip(named, gradients, firsts, seconds, strict=True):
         decayed = p.ndim > 1 and name.rpartition(".")[2] not in BIASES
         decay = 1.0 - rate * cfg.weight_decay if decayed else 1.0
         if adam:
-            arrays = (p, g, first, seconds[i])
+            arrays = (p, g, first, second)
             for part in _busy_experts(name, arrays) if cfg.skip_idle else [arrays]:
                 jobs.append((_adamw, (*part, cfg, step, rate, scale, decay)))
         else:
             jobs.append((_sgd, (p, g, first, cfg, rate, scale, decay)))
     return jobs
+
+
+def _alike(what: str, arrays: tree.Tree, named: list[tuple[str, Array]]) -> list[Array]:
+    """Return the leaves, which must be those of the parameters in number, shape and type."""
+    found, advice = tree.leaves(arrays), "Make them of the same parameters."
+    rule = f"there must be {what}s for each of the {len(named)} arrays of parameters"
+    rules.require(len(found) == len(named), "update", rule, len(found), advice)
+    for (name, p), a in zip(named, found, strict=True):
+        if a.shape != p.shape or a.dtype != p.dtype:
+            raise ValueError(
+                f"update: the {what} of {name} must be {p.dtype} of shape {p.shape}, got "
+                f"{a.dtype} of {a.shape}. {advice}"
+            )
+    return found
+
+
+def _require_contiguous(who: str, what: str, arrays: tree.Tree) -> None:
+    for name, leaf in tree.named_leaves(arrays):
+        if not leaf.flags.c_contiguous:
+            raise ValueError(
+                f"{who}: {what} must be contiguous arrays, got a view for {name}. Copy it."
+            )
 
 
 def _busy_experts(name: str, arrays: tuple[Array, ...]) -> list[tuple[Array, ...]]:

@@ -13,7 +13,7 @@ from moe_numpy import machine, tree
 from moe_numpy.backend import Array, xp
 from moe_numpy.config import ModelConfig, rules
 from moe_numpy.moe.report import MoEReport
-from moe_numpy.transformer import model
+from moe_numpy.transformer import fit, model
 
 
 def gradients(
@@ -49,10 +49,17 @@ def cut(
 ) -> list[tuple]:
     """Cut a batch into shards: a list of (tokens, targets, noise).
 
-    Raises     ValueError if they cannot be of the same size, or there is none
+    Raises     ValueError if there is none, they cannot be of the same size, the tokens are no
+               table, or there is not one target for each token and one row of noise
     """
     rules.whole_number("shards", "their number", shards, 1)
+    fit.check_targets("shards", token_BT, target_BT)
+    rule, shape = "tokens must be a table (B, T)", f"the shape {token_BT.shape}"
+    rules.require(token_BT.ndim == 2, "shards", rule, shape, "One sequence is token_BT[None].")
     B, T = token_BT.shape
+    drawn = {len(layer) for layer in noise or () if layer is not None}
+    rule, advice = f"noise must have a row for each of {B * T} tokens", "Draw it for this batch."
+    rules.require(drawn <= {B * T}, "shards", rule, f"{sorted(drawn)} rows", advice)
     fine, rule = B > 0 and B % shards == 0, f"a batch must be a multiple of the shards ({shards})"
     rules.require(fine, "shards", rule, f"{B} sequences", "Choose another number of shards.")
     step = B // shards

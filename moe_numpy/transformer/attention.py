@@ -44,7 +44,7 @@ class KeyValues:
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: str) -> None:
         G, D = cfg.kv_heads or cfg.heads, cfg.head_width
-        self.length = 0
+        self.batch, self.length = batch, 0
         self._k_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
         self._v_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
 

@@ -11,7 +11,7 @@ from moe_numpy.moe import layer as moe_layer
 
 if TYPE_CHECKING:
     from moe_numpy.moe.mlp import MLPParams
-    from moe_numpy.transformer.attention import AttentionParams
+    from moe_numpy.transformer.attention import AttentionParams, KeyValues
     from moe_numpy.transformer.block import BlockParams, NormParams
     from moe_numpy.transformer.model import ModelParams
 
@@ -36,6 +36,33 @@ def check_tokens(token_BT: Array, start: int, cfg: ModelConfig) -> None:
             f"model_forward: a sequence may have at most {cfg.context} tokens (the context), got "
             f"{length}. Shorten it or build the model with a larger context."
         )
+
+
+def check_targets(who: str, token_BT: Array, target_BT: Array) -> None:
+    """Refuse tokens and targets that are not arrays of the same shape.
+
+    Raises     ValueError
+    """
+    rules.array(who, "tokens", token_BT)
+    rules.array(who, "targets", target_BT)
+    if token_BT.shape != target_BT.shape:
+        raise ValueError(
+            f"{who}: every token needs a target, got tokens of shape {token_BT.shape} and "
+            f"targets of {target_BT.shape}. Pass tables (B, T) of the same shape."
+        )
+
+
+def check_kv(kv: tuple[KeyValues, ...] | None, token_BT: Array, cfg: ModelConfig) -> None:
+    """Refuse keys and values of another number of layers or sequences.
+
+    Raises     ValueError
+    """
+    if kv is not None:
+        _same("model_forward", "entries of kv", len(kv), cfg.layers)
+        batches = {entry.batch for entry in kv}
+        rule = f"kv must be of as many sequences as the tokens ({token_BT.shape[0]})"
+        fine, advice = batches <= {token_BT.shape[0]}, "Make new ones for this batch."
+        rules.require(fine, "model_forward", rule, sorted(batches), advice)
 
 
 def check_parameters(who: str, params: ModelParams, cfg: ModelConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from numbers import Integral, Real
@@ -104,8 +103,7 @@ def generate(
     linear.check_vocabulary("generate", prompt_T, cfg.vocab_size)
     history = [int(token) for token in prompt_T]
     knobs = (temperature, top_k, top_p)
-    cfg = dataclasses.replace(cfg.evaluation(), recompute=True)  # no layer's cache is kept
-    return _continue(history, params, cfg, tokens, default_rng(rng), knobs)
+    return _continue(history, params, cfg.evaluation(), tokens, default_rng(rng), knobs)
 
 
 def _continue(

@@ -96,14 +96,16 @@ def model_forward(
                a layer holds about 8*C + H*T numbers of attention and norms (as many key as query
                heads) and 2*F of a GELU MLP, or 2*K*(C + F) of experts; gated ones 3*F for 2*F;
                all that a configuration adds, and the peak of a step, are in `ledger.step_memory`.
-               With `cfg.recompute` a layer leaves only its input there, C numbers
+               With `cfg.recompute` a layer leaves only its input there, C numbers; with `kv`
+               nothing, as there is no backward then
     Raises     ValueError if the tokens are no table, a sequence is empty or longer than the
-               context, a token is unknown, or parameters and noise are not those of the
+               context, a token is unknown, or parameters, noise or kv are not those of the
                configuration
     Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
     """
-    start = 0 if kv is None else kv[0].length
+    start = kv[0].length if kv else 0
     fit.check_tokens(token_BT, start, cfg)
+    fit.check_kv(kv, token_BT, cfg)
     fit.check_parameters("model_forward", params, cfg)
     fit.check_noise(noise, cfg)
     x_BTC, token_cache = linear.embedding_forward(token_BT, params.token_VC)  # 1. embed
@@ -118,7 +120,9 @@ def model_forward(
         )
         aux = aux + layer_aux * _layer_share(cfg)
         reports += [] if report is None else [report]
-        caches.append(given if cfg.recompute else cache)
+        if kv is None:
+            caches.append(given if cfg.recompute else cache)
+        del cache  # if it was not kept, it is free before the next layer runs
     x_BTC, norm_cache = block.normalize_forward(x_BTC, params.norm, cfg.norm_eps)  # 3. last norm
     x_BTC *= cfg.logit_scale
     head_CV = params.token_VC.T if params.head_CV is None else params.head_CV
@@ -135,14 +139,14 @@ def model_backward(dlogits_BTV: Array, daux: Array, cache: Cache) -> ModelParams
     forward runs again for its cache: the same numbers, to the bit.
 
     Shapes     dlogits_BTV (B, T, V), daux () -> grads
-    Raises     ValueError if the cache is consumed already, dlogits is not of the shape and type of
-               the logits, or daux is not one number
+    Raises     ValueError if the cache is consumed already or of a forward with `kv`, dlogits is not
+               of the shape and type of the logits, or daux is not one number
     """
     params, cfg, token_cache, caches, norm_cache, head_cache = cache
     if not caches:
         raise ValueError(
-            "model_backward: the cache must be fresh, got one that a backward has consumed. "
-            "Run the forward again."
+            "model_backward: the cache must be fresh, got one that a backward has consumed, or of "
+            "a forward with kv. Run the forward again, without kv."
         )
     dtype = params.token_VC.dtype
     logits = (*token_cache[0].shape, cfg.vocab_size), dtype
@@ -187,13 +191,7 @@ def loss_forward(
     Source     Fedus et al. 2022, section 2.2 (the balance loss is added to the model's)
     """
     rules.share("loss_forward", "smoothing", smoothing)
-    rules.array("loss_forward", "tokens", token_BT)
-    rules.array("loss_forward", "targets", target_BT)
-    if token_BT.shape != target_BT.shape:
-        raise ValueError(
-            f"loss_forward: every token needs a target, got tokens of shape {token_BT.shape} and "
-            f"targets of {target_BT.shape}. Pass tables (B, T) of the same shape."
-        )
+    fit.check_targets("loss_forward", token_BT, target_BT)
     logits_BTV, aux, reports, model_cache = model_forward(token_BT, params, cfg, noise)  # 1.
     logits_NV = logits_BTV.reshape(-1, cfg.vocab_size)
     cross_entropy, loss_cache = loss.cross_entropy_forward(
