@@ -173,12 +173,9 @@ def test_the_lead_on_the_first_processor_is_that_of_its_library_as_the_text_says
     assert [verdict["wanted"].partition(":")[0] for verdict in missed] == [
         "layer of 128 experts against the best",
         "layer of 1024 experts against the best",
-        "dense step over its matrix products alone",
         "MoE step over its matrix products alone",
         "Mixtral step over its matrix products alone",
     ]
-    dense, *others = (float(verdict["measured"]) for verdict in missed[2:])
-    assert dense < 1.65 and min(others) > 1.75
     [written] = ratios(found, "generation").values()
     assert all(ratio["low"] < 8 < ratio["median"] for ratio in written)
 
@@ -234,13 +231,14 @@ def test_the_steps_that_count_are_those_that_the_text_names():
         row["name"]: {step for step in row["steps"] if bench_report.gain(row, step)["low"] > 1}
         for row in rows
     }
-    assert set.intersection(*sure.values()) == {"float32", "shards", "processes"}
+    assert set.intersection(*sure.values()) == {"float32", "shards"}
     assert "memory" in sure["dense"] and "slices" in sure["MoE"]
+    assert {name for name, steps in sure.items() if "processes" in steps} == {"dense", "MoE"}
     lows = {row["name"]: bench_report.gain(row, "memory")["low"] for row in rows}
     assert [name for name, low in lows.items() if low > 1] == ["dense"]
     assert (layer["name"][:5], text["name"]) == ("layer", "generation")
     lows = {step: bench_report.gain(layer, step)["low"] for step in layer["steps"]}
     assert {step for step, low in lows.items() if low > 1.1} == {"memory", "slices"}
-    assert lows["experts"] <= 1
+    assert {step for step, low in lows.items() if low > 1} == {"memory", "slices", "experts"}
     lows = {step: bench_report.gain(text, step)["low"] for step in text["steps"]}
     assert {step for step, low in lows.items() if low > 1.1} == {"keys", "alone"}

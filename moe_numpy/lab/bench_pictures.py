@@ -33,7 +33,7 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
     for y, ratio in enumerate(found):
         color = GOOD if ratio["low"] > 1 else BAD if ratio["high"] < 1 else NEUTRAL
         ax.hlines(y, ratio["low"], ratio["high"], color=color, linewidth=2, alpha=0.5)
-        ax.plot(ratio["median"], y, "o", color=color)
+        ax.plot(ratio["median"], y, "o", color=color, zorder=4)
         text = ax.text(ratio["median"], y - 0.18, f"{ratio['median']:.2f}", ha="center", fontsize=8)
         text.set_bbox({"color": "white", "pad": 0.5, "alpha": 0.8})
     ax.axvline(1.0, color=NEUTRAL, linewidth=0.8, linestyle="--", zorder=0)
