@@ -225,7 +225,7 @@ def _left(cfg: ModelConfig, layer: int) -> float:
 
 
 def _made(cfg: ModelConfig, layer: int) -> float:
-    """Count the numbers that the backward of a layer makes for one token and drops again."""
+    """Count the numbers that a layer makes for one token on its way back, and drops again."""
     hidden = MADE.get(cfg.dense_activation, 2) * (cfg.hidden or 0)
     if cfg.is_moe(layer):
         moe = cfg.moe
@@ -244,7 +244,10 @@ def _rows(cfg: ModelConfig) -> float:
 
 
 def _router_tables(moe: MoEConfig) -> float:
-    """Count the numbers that a router leaves for one token: so many for each expert, and group."""
+    """Count the numbers that a router leaves for one token: so many for each expert, and group.
+
+    One is the probability; what each further part keeps was counted in its caches.
+    """
     if isinstance(moe.selection, SoftSlots):
         return 2 * moe.num_experts * moe.selection.slots
     terms = {type(term) for term in moe.balance}

@@ -27,7 +27,8 @@ def init_state(params: tree.Tree, cfg: AdamW | SGD) -> OptimizerState:
 
     Raises     ValueError if a parameter is not contiguous (it could not be updated in place)
     """
-    _require_contiguous("init_state", "parameters", params)
+    for name, leaf in tree.named_leaves(params):
+        _require_contiguous("init_state", "parameters", name, leaf)
     second = tree.map(xp.zeros_like, params) if isinstance(cfg, AdamW) else None
     return OptimizerState(tree.map(xp.zeros_like, params), second)
 
@@ -103,10 +104,10 @@ def _jobs(
     named = tree.named_leaves(params)
     gradients, firsts = _alike("gradient", grads, named), _alike("average", state.first, named)
     seconds = _alike("average", state.second, named) if adam else firsts
-    for what, arrays in (("parameters", params), ("averages", state)):
-        _require_contiguous("update", what, arrays)
     jobs: list[tuple[Callable, tuple]] = []
     for (name, p), g, first, second in zip(named, gradients, firsts, seconds, strict=True):
+        for what, array in (("parameters", p), ("averages", first), ("averages", second)):
+            _require_contiguous("update", what, name, array)
         decayed = p.ndim > 1 and name.rpartition(".")[2] not in BIASES
         decay = 1.0 - rate * cfg.weight_decay if decayed else 1.0
         if adam:
@@ -132,12 +133,11 @@ def _alike(what: str, arrays: tree.Tree, named: list[tuple[str, Array]]) -> list
     return found
 
 
-def _require_contiguous(who: str, what: str, arrays: tree.Tree) -> None:
-    for name, leaf in tree.named_leaves(arrays):
-        if not leaf.flags.c_contiguous:
-            raise ValueError(
-                f"{who}: {what} must be contiguous arrays, got a view for {name}. Copy it."
-            )
+def _require_contiguous(who: str, what: str, name: str, array: Array) -> None:
+    if not array.flags.c_contiguous:
+        raise ValueError(
+            f"{who}: {what} must be contiguous arrays, got a view for {name}. Copy it."
+        )
 
 
 def _busy_experts(name: str, arrays: tuple[Array, ...]) -> list[tuple[Array, ...]]:
