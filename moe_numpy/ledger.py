@@ -12,6 +12,7 @@ from moe_numpy.config import (
     ExpertChoice,
     GaussianNoise,
     Hierarchy,
+    InputJitter,
     LearnedNoise,
     LoadLoss,
     ModelConfig,
@@ -38,7 +39,7 @@ LEFT = {
     **{"clamped_swiglu": 4.5, "swiglu3": 5},  # a boolean is a quarter of a number in float32
 }
 # Numbers that it makes on top at the worst moment, and drops again; where not said, two.
-MADE = {"gelu": 4, "swiglu": 3, "geglu": 3, "swiglu3": 4, "clamped_swiglu": 6}
+MADE = {"gelu": 3, "swiglu": 3, "geglu": 3, "swiglu3": 4, "clamped_swiglu": 6}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,8 +178,9 @@ def step_memory(cfg: ModelConfig, batch: int, moments: int = 2) -> StepMemory:
     where t_l is what the backward of a layer makes and drops again: gradients of the scores or of
     the hidden rows, whichever are more, and some of the stream. With `cfg.recompute` a layer leaves
     C numbers, and a_l while its backward lasts. The peak is that of a step to 15 %, if the tokens
-    outweigh the vocabulary (the gradient of a tied table is not counted at the loss) and no search
-    for places (next_best, Assignment) needs more than all that.
+    outweigh the vocabulary (the gradient of a tied table is not counted at the loss), no search for
+    places (next_best, Assignment) needs more than all that, and experts do not choose their tokens
+    (ExpertChoice: how many choose the same one is not known before).
 
     Parameters
     ----------
@@ -188,8 +190,9 @@ def step_memory(cfg: ModelConfig, batch: int, moments: int = 2) -> StepMemory:
     rules.whole_number("step_memory", "batch", batch, 1)
     rules.whole_number("step_memory", "moments", moments, 0)
     tokens, C, V = batch * cfg.context, cfg.width, cfg.vocab_size
-    left = [_left(cfg, layer) for layer in range(cfg.layers)]
-    made = [_made(cfg, layer) for layer in range(cfg.layers)]
+    rows = _rows(cfg, tokens)
+    left = [_left(cfg, layer, rows) for layer in range(cfg.layers)]
+    made = [_made(cfg, layer, rows) for layer in range(cfg.layers)]
     kept = [C] * cfg.layers if cfg.recompute else left
     at_loss = sum(kept) + 2 * C + 3 * V
     live = left if cfg.recompute else [0] * cfg.layers
@@ -207,7 +210,7 @@ def step_memory(cfg: ModelConfig, batch: int, moments: int = 2) -> StepMemory:
     )
 
 
-def _left(cfg: ModelConfig, layer: int) -> float:
+def _left(cfg: ModelConfig, layer: int, rows: float) -> float:
     """Count the numbers that a layer leaves for the backward of one token."""
     C, moe = cfg.width, cfg.moe
     A, G = (heads * cfg.head_width for heads in (cfg.heads, cfg.kv_heads or cfg.heads))
@@ -216,30 +219,32 @@ def _left(cfg: ModelConfig, layer: int) -> float:
     dense = LEFT[cfg.dense_activation] * (cfg.hidden or 0)
     if not cfg.is_moe(layer):
         return found + dense
-    rows = _rows(cfg)
     fetched = rows if isinstance(moe.selection, SoftSlots) else moe.top_k  # of dropped rows zeros
     found += (fetched + rows) * C + rows * LEFT[moe.activation] * moe.hidden + _router_tables(moe)
+    found += C * isinstance(moe.noise, InputJitter)
     if moe.shared is not None:
         found += LEFT[moe.activation] * moe.shared.hidden + C * moe.shared.gated
     return found + (2 * C + dense) * cfg.extra_ffn
 
 
-def _made(cfg: ModelConfig, layer: int) -> float:
+def _made(cfg: ModelConfig, layer: int, rows: float) -> float:
     """Count the numbers that a layer makes for one token on its way back, and drops again."""
     hidden = MADE.get(cfg.dense_activation, 2) * (cfg.hidden or 0)
     if cfg.is_moe(layer):
         moe = cfg.moe
-        rows = _rows(cfg) * (MADE.get(moe.activation, 2) * moe.hidden + 2 * cfg.width)
-        hidden = max(rows, _router_tables(moe) + moe.num_experts)
+        hidden = rows * (MADE.get(moe.activation, 2) * moe.hidden + 2 * cfg.width)
+        hidden = max(hidden, _router_tables(moe) + moe.num_experts)
     scores = (2 + 2 * (cfg.logit_cap is not None)) * cfg.heads * cfg.context
-    return max(scores, hidden) + 4 * cfg.width
+    return max(scores, hidden) + 2 * cfg.width + 3 * cfg.heads * cfg.head_width
 
 
-def _rows(cfg: ModelConfig) -> float:
+def _rows(cfg: ModelConfig, tokens: int) -> float:
     """Count the rows that the experts of a layer work on, for one token; at most, with places."""
     moe = cfg.moe
+    if moe is None:
+        return 0.0
     if isinstance(moe.selection, SoftSlots):
-        return moe.num_experts * moe.selection.slots / cfg.context
+        return moe.num_experts * moe.selection.slots / tokens
     return moe.top_k * (1 if moe.capacity is None else min(1.0, moe.capacity.factor))
 
 

@@ -124,8 +124,14 @@ def share_out(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
             pool.submit(contextvars.copy_context().run, some)
             for _ in range(min(threads, len(jobs)) - 1)
         ]
-        some()
-    for helper in helpers:
+        try:
+            some()
+        finally:  # nobody starts another job, if this one failed; who is at work comes to an end
+            for _ in left:
+                pass
+            running = [helper for helper in helpers if not helper.cancel()]
+            concurrent.futures.wait(running)
+    for helper in running:
         helper.result()
     return results
 

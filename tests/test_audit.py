@@ -338,6 +338,19 @@ def test_the_gates_of_the_audit_are_what_their_names_say():
             lambda x, y: rows.dots(x, y).astype("float64"),
             "of arrays of float32, the answer must be one of float32, got float64",
         ),
+        (lambda x, y: rows.dots(y, y), "wrong: the rows of y were multiplied with themselves"),
+        (
+            lambda x, y: (x * y).squeeze().sum(-1)[..., None],
+            "right for (4, 6); but for (2, 1, 3): the answer must have the shape",
+        ),
+        (
+            lambda x, y: rows.dots(x, y) * (x.dtype != "float32"),
+            "right for numbers of float64; but for float32: wrong: every number is zero",
+        ),
+        (
+            lambda x, y: rows.dots(x, y) if x.dtype == "float64" else np.add(x, "y"),
+            "right for numbers of float64; but for float32: ",
+        ),
         (todo, "not solved yet: your turn"),
     ],
 )

@@ -30,6 +30,7 @@ from moe_numpy.config import (
     Capacity,
     Hierarchy,
     ImportanceLoss,
+    InputJitter,
     LearnedNoise,
     LoadLoss,
     MoEConfig,
@@ -441,6 +442,9 @@ MEMORY = {
     "few places": ("MoE", {}, {"capacity": Capacity(factor=0.4)}),
     "routers": ("MoE", {"layers": 2}, {"num_experts": 512, "top_k": 1, "hidden": 8, **LOUD}),
     "groups": ("MoE", {"layers": 2}, {"num_experts": 256, "hidden": 16, **LOUD, **GROUPED}),
+    "jitter": ("MoE", {"layers": 1}, {"hidden": 16, "noise": InputJitter(eps=0.1)}),
+    "wide heads": ("dense", {"head_size": 256, "layers": 2}, {}),
+    "exact gelu in experts": ("MoE", {"layers": 1}, {"activation": "gelu", "hidden": 512}),
     "capped, long": ("dense", {"logit_cap": 5.0, "context": 512, "layers": 2}, {}),
 }
 
@@ -460,7 +464,7 @@ def test_the_memory_of_a_step_is_that_of_the_formula(name):
     assert counted.peak == pytest.approx(told["peak of one shard"], rel=0.15)
 
 
-@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("slots", [1, 4, 64])
 def test_the_memory_of_soft_slots_is_that_of_the_formula(slots):
     """Such a model sees all positions: no run trains it, so the step is taken here."""
     moe = MoEConfig(num_experts=8, top_k=8, hidden=256, selection=SoftSlots(slots=slots))

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -218,6 +219,37 @@ def test_jobs_shared_out_return_in_their_order_and_an_error_is_the_callers(two_t
             machine.share_out([functools.partial(fail_in, here)] * 2)
 
 
+def test_a_caller_waits_for_nobody_who_has_not_begun():
+    busy = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(busy.wait, 60)  # the only thread has something else to do
+            with machine.sharing(pool):
+                found = machine.share_out([functools.partial(int, i) for i in range(4)])
+            assert found == [0, 1, 2, 3]
+        finally:
+            busy.set()
+
+
+def test_after_an_error_nothing_is_written_any_more(two_threads):
+    together, done = threading.Barrier(2, timeout=30), []
+    caller = threading.get_ident()
+
+    def work(i):
+        if i < 2:
+            together.wait()
+        if threading.get_ident() == caller:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        done.append(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        machine.share_out([functools.partial(work, i) for i in range(20)])
+    before = list(done)
+    time.sleep(0.2)
+    assert done == before and len(done) == 1  # what the other had begun
+
+
 def test_little_work_stays_with_the_caller(two_threads):
     where = []
     work = lambda i: where.append((i, threading.get_ident()))  # noqa: E731
@@ -393,7 +425,9 @@ def test_tokens_that_are_no_table_or_lack_targets_or_noise_are_refused():
         ((token_BT, pairs, noise), rf"every token needs a target, got .* targets of \({2 * B}, "),
         ((token_BT.tolist(), target_BT, noise), "tokens must be an array, got list"),
         ((token_BT[0], target_BT[0], noise), r"tokens must be a table \(B, T\), got the shape"),
-        ((token_BT, target_BT, twice), rf"a row for each of {B * T} tokens, got \[{2 * B * T}\]"),
+        ((token_BT, target_BT, twice), rf"a row for each of {B * T} tokens, got .*{2 * B * T},"),
+        ((token_BT, target_BT, noise[0]), "noise must be a tuple, or None, got ndarray"),
+        ((token_BT, target_BT, (1.0, 2.0)), rf"a row for each of {B * T} tokens, got .*\(\)"),
     ):
         for parts in (1, 2):
             with pytest.raises(ValueError, match=f"shards: .*{words}"):

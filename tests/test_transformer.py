@@ -533,12 +533,27 @@ def test_a_forward_that_goes_on_keeps_no_layers_cache_and_has_no_backward(recomp
     assert cache[3] == []
     with pytest.raises(ValueError, match=r"or of a forward with kv\. Run the forward again"):
         model.model_backward(logits, np.zeros(()), cache)
-    for wrong, words in (
-        (kv[:1], rf"entries of kv must be {cfg.layers}, .* got 1"),
-        (kv, r"kv must be of as many sequences as the tokens \(2\), got \[1\]"),
+
+
+def test_keys_and_values_of_another_model_or_batch_are_refused():
+    def new(batch=1, dtype="float64", **changes):
+        other = config(**changes)
+        return tuple(attention.KeyValues(other, batch, dtype) for _ in range(other.layers))
+
+    cfg, uneven = config(), new()
+    uneven[1].length = 2
+    for kv, words in (
+        (new()[:1], r"an entry of its own for each layer \(2\), got 1"),
+        (new()[:1] * 2, r"an entry of its own for each layer \(2\), got 1"),
+        (new() + new()[:1] * 2, "an entry of its own for each layer .* got 3"),
+        ((*(twice := new()), twice[0]), r"as many entries as there are layers \(2\), got 3"),
+        (uneven, r"the lengths of kv must be equal \(\{0\}\), got \{0, 2\}"),
+        (new(batch=2), r"the shapes of kv must be .* got \{\(2, "),
+        (new(context=T + 1), "the shapes of kv must be those of tokens and model"),
+        (new(dtype="float32"), "the types of kv must be .*float64.* got {'float32'}"),
     ):
-        with pytest.raises(ValueError, match=words):
-            model.model_forward(np.array([[1], [2]]), draw(0, cfg), cfg, kv=wrong)
+        with pytest.raises(ValueError, match=f"model_forward: .*{words}"):
+            model.model_forward(np.array([[1]]), draw(0, cfg), cfg, kv=kv)
 
 
 @parametrize(ENCODERS)
@@ -774,13 +789,18 @@ def test_the_optimizer_takes_gradients_and_averages_of_its_parameters_alone():
         ):
             with pytest.raises(ValueError, match=f"update: .*{words}"):
                 optimizer.update(*wrong, cfg, 0, 0.1)
-        for step, rate, words in ((-1, 0.1, "step must be"), (0, math.nan, "rate must not be")):
+        for knobs, words in (
+            ((-1, 0.1), "step must be"),
+            ((0, math.nan), "rate must not be"),
+            ((0, 0.1, -1.0), "scale must not be"),
+        ):
             with pytest.raises(ValueError, match=f"update: {words}"):
-                optimizer.update(params, params, state, cfg, step, rate)
+                optimizer.update(params, params, state, cfg, *knobs)
         assert all((leaf == 0).all() for leaf in tree.leaves(state))
         with pytest.raises(ValueError, match="update: the state must be that of"):
             optimizer.update(params, params, optimizer.init_state(params, other), cfg, 0, 0.1)
     assert (params[0] == 1).all()
+    optimizer.update(params, params, state, SGD(), 0, np.float32(0.1))  # and does not warn
 
 
 def test_a_smoothing_of_float32_is_a_number():

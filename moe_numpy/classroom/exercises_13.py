@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_numpy.classroom.exercises_06 import verdict
 
-SHAPES = ((4, 6), (7,), (2, 3, 5), (2, 2, 3, 4), (3, 300))
+SHAPES = ((4, 6), (7,), (2, 3, 5), (2, 1, 3), (2, 2, 3, 4), (3, 300))
 
 
 def check_dots(fn: Callable) -> str:
@@ -21,6 +21,7 @@ def check_dots(fn: Callable) -> str:
         mistakes = {
             "the mean was taken; a scalar product is the sum": right / shape[-1],
             "the rows of x were multiplied with themselves": _dots(x, x),
+            "the rows of y were multiplied with themselves": _dots(y, y),
             "the rows were added, not multiplied": (x + y).sum(-1, keepdims=True),
         }
         said = verdict(fn, (x, y), right, mistakes)
@@ -28,7 +29,10 @@ def check_dots(fn: Callable) -> str:
         if not said.startswith("right"):
             return said if shape == SHAPES[0] else f"right for {SHAPES[0]}; but for {shape}: {said}"
     for dtype in ("float32", "float64"):
-        x, y = rng.standard_normal((2, 4, 6)).astype(dtype)
+        x, y = rng.standard_normal((2, *SHAPES[0])).astype(dtype)
+        said = verdict(fn, (x, y), _dots(x, y), {})
+        if not said.startswith("right"):
+            return f"right for numbers of float64; but for {dtype}: {said}"
         answer = fn(x, y)
         if not isinstance(answer, np.ndarray):
             return f"the answer must be an array, got {type(answer).__name__}"

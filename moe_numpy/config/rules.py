@@ -56,13 +56,14 @@ def instance(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
 
 def not_negative(who: str, name: str, came: Any) -> None:
     """Refuse what is negative or not finite."""
+    fine = _is_number(came) and 0 <= _plain(came) <= LARGEST
     rule = f"{name} must not be negative, and finite"
-    require(_is_number(came) and 0 <= came <= LARGEST, who, rule, repr(came), "Use 0 for none.")
+    require(fine, who, rule, repr(came), "Use 0 for none.")
 
 
 def positive(who: str, name: str, came: Any, advice: str) -> None:
     """Refuse what is not positive or not finite."""
-    fine = _is_number(came) and 0 < came <= LARGEST
+    fine = _is_number(came) and 0 < _plain(came) <= LARGEST
     require(fine, who, f"{name} must be positive and finite", repr(came), advice)
 
 

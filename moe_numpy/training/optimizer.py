@@ -95,6 +95,7 @@ def _jobs(
     rules.instance("update", "the configuration", cfg, (AdamW, SGD))
     rules.whole_number("update", "step", step, 0)
     rules.not_negative("update", "rate", rate)
+    rules.not_negative("update", "scale", scale)
     adam = isinstance(cfg, AdamW)
     if adam != (state.second is not None):
         raise ValueError(

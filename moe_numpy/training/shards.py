@@ -57,9 +57,11 @@ def cut(
     rule, shape = "tokens must be a table (B, T)", f"the shape {token_BT.shape}"
     rules.require(token_BT.ndim == 2, "shards", rule, shape, "One sequence is token_BT[None].")
     B, T = token_BT.shape
-    drawn = {len(layer) for layer in noise or () if layer is not None}
+    fine, rule = noise is None or isinstance(noise, tuple), "noise must be a tuple, or None"
+    rules.require(fine, "shards", rule, type(noise).__name__, "Draw it with draw_noise.")
+    drawn = {getattr(layer, "shape", ())[:1] for layer in noise or () if layer is not None}
     rule, advice = f"noise must have a row for each of {B * T} tokens", "Draw it for this batch."
-    rules.require(drawn <= {B * T}, "shards", rule, f"{sorted(drawn)} rows", advice)
+    rules.require(drawn <= {(B * T,)}, "shards", rule, f"the lengths {sorted(drawn)}", advice)
     fine, rule = B > 0 and B % shards == 0, f"a batch must be a multiple of the shards ({shards})"
     rules.require(fine, "shards", rule, f"{B} sequences", "Choose another number of shards.")
     step = B // shards

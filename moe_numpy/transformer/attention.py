@@ -44,9 +44,8 @@ class KeyValues:
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: str) -> None:
         G, D = cfg.kv_heads or cfg.heads, cfg.head_width
-        self.batch, self.length = batch, 0
-        self._k_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
-        self._v_BGSD = xp.empty((batch, G, cfg.context, D), dtype)
+        self.length, self.shape, self.dtype = 0, (batch, G, cfg.context, D), dtype
+        self._k_BGSD, self._v_BGSD = (xp.empty(self.shape, dtype) for _ in range(2))
 
     def append(self, k_BGTD: Array, v_BGTD: Array) -> tuple[Array, Array]:
         """Add T positions; return views of all keys and values, (B, G, S, D) each."""

@@ -1,7 +1,7 @@
 """One token through the model: what generation does for all tokens but those of a long prompt.
 
 For a single token everything but the matrices is short, and the calls cost more than the
-arithmetic. This is `model_forward` with as few calls as possible, in about a third of its time
+arithmetic. This is `model_forward` with as few calls as possible, in about a quarter of its time
 (figures/speed_steps.json), for the models that `supports` names. Most of what is left goes to the
 matrices: one token reads them from memory and uses each number once (which is why `init_model` and
 `load_model` lay the parameters out in one block).

@@ -52,17 +52,25 @@ def check_targets(who: str, token_BT: Array, target_BT: Array) -> None:
         )
 
 
-def check_kv(kv: tuple[KeyValues, ...] | None, token_BT: Array, cfg: ModelConfig) -> None:
-    """Refuse keys and values of another number of layers or sequences.
+def check_kv(
+    kv: tuple[KeyValues, ...] | None, token_BT: Array, dtype: Any, cfg: ModelConfig
+) -> None:
+    """Refuse keys and values of another configuration or batch, or that do not go on together.
 
     Raises     ValueError
     """
-    if kv is not None:
-        _same("model_forward", "entries of kv", len(kv), cfg.layers)
-        batches = {entry.batch for entry in kv}
-        rule = f"kv must be of as many sequences as the tokens ({token_BT.shape[0]})"
-        fine, advice = batches <= {token_BT.shape[0]}, "Make new ones for this batch."
-        rules.require(fine, "model_forward", rule, sorted(batches), advice)
+    if kv is None:
+        return
+    wanted = token_BT.shape[0], cfg.kv_heads or cfg.heads, cfg.context, cfg.head_width
+    advice = "Make one `KeyValues` for each layer, of this batch, and let all read every token."
+    for rule, came, right in (
+        ("kv must have an entry of its own for each layer", len({*map(id, kv)}), cfg.layers),
+        ("kv must have as many entries as there are layers", len(kv), cfg.layers),
+        ("the lengths of kv must be equal", {entry.length for entry in kv}, {kv[0].length}),
+        ("the shapes of kv must be those of tokens and model", {e.shape for e in kv}, {wanted}),
+        ("the types of kv must be that of the model", {str(e.dtype) for e in kv}, {str(dtype)}),
+    ):
+        rules.require(came == right, "model_forward", f"{rule} ({right})", came, advice)
 
 
 def check_parameters(who: str, params: ModelParams, cfg: ModelConfig) -> None:

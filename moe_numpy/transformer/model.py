@@ -105,8 +105,8 @@ def model_forward(
     """
     start = kv[0].length if kv else 0
     fit.check_tokens(token_BT, start, cfg)
-    fit.check_kv(kv, token_BT, cfg)
     fit.check_parameters("model_forward", params, cfg)
+    fit.check_kv(kv, token_BT, params.token_VC.dtype, cfg)
     fit.check_noise(noise, cfg)
     x_BTC, token_cache = linear.embedding_forward(token_BT, params.token_VC)  # 1. embed
     x_BTC *= cfg.embedding_scale
