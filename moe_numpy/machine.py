@@ -106,7 +106,7 @@ def share_out(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
 
     The caller works too, and who is done takes the next job. Helpers work in a copy of the caller's
     context, in which NumPy keeps its settings; what a job shares out in turn, it does itself. Who
-    does a job changes no result.
+    does a job changes no result. After an error nobody starts another one.
     """
     shared = _pool.get()
     if shared is None or len(jobs) < 2:
@@ -126,8 +126,8 @@ def share_out(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         ]
         try:
             some()
-        finally:  # nobody starts another job, if this one failed; who is at work comes to an end
-            for _ in left:
+        finally:
+            for _ in left:  # after an error: they are not to be done
                 pass
             running = [helper for helper in helpers if not helper.cancel()]
             concurrent.futures.wait(running)
