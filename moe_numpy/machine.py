@@ -116,8 +116,12 @@ def share_out(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     left = iter(range(len(jobs)))  # takes a step in one piece: no two threads get the same job
 
     def some() -> None:
-        for i in left:
-            results[i] = jobs[i]()
+        try:
+            for i in left:
+                results[i] = jobs[i]()
+        finally:
+            for _ in left:  # after an error: they are not to be done
+                pass
 
     with sharing(None):
         helpers = [
@@ -127,8 +131,6 @@ def share_out(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         try:
             some()
         finally:
-            for _ in left:  # after an error: they are not to be done
-                pass
             running = [helper for helper in helpers if not helper.cancel()]
             concurrent.futures.wait(running)
     for helper in running:

@@ -190,8 +190,9 @@ def test_threads_share_out_experts_and_blocks_and_change_no_bit(two_threads, mon
     assert len(shared) > 12
 
 
-def test_a_job_shares_nothing_out_in_turn(two_threads):
-    together = threading.Barrier(2, timeout=30)
+def test_a_job_shares_nothing_out_in_turn(two_threads, monkeypatch):
+    together, shared, submit = threading.Barrier(2, timeout=30), [], ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *a: shared.append(1) or submit(*a))
 
     def outer():
         together.wait()  # one in each thread
@@ -199,7 +200,7 @@ def test_a_job_shares_nothing_out_in_turn(two_threads):
 
     threads = [set(found) for found in machine.share_out([outer] * 2)]
     assert [len(found) for found in threads] == [1, 1] and threads[0] != threads[1]
-    assert {threading.get_ident()} in threads
+    assert {threading.get_ident()} in threads and len(shared) == 1
 
 
 def test_jobs_shared_out_return_in_their_order_and_an_error_is_the_callers(two_threads):
@@ -223,22 +224,23 @@ def test_a_caller_waits_for_nobody_who_has_not_begun():
     busy = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
-            pool.submit(busy.wait, 60)  # the only thread has something else to do
+            other = pool.submit(busy.wait, 10)  # the only thread has something else to do
             with machine.sharing(pool):
                 found = machine.share_out([functools.partial(int, i) for i in range(4)])
-            assert found == [0, 1, 2, 3]
+            assert found == [0, 1, 2, 3] and not other.done()
         finally:
             busy.set()
 
 
-def test_after_an_error_nothing_is_written_any_more(two_threads):
+@pytest.mark.parametrize("here", [True, False], ids=["the caller's", "a helper's"])
+def test_after_an_error_nothing_is_written_any_more(here, two_threads):
     together, done = threading.Barrier(2, timeout=30), []
     caller = threading.get_ident()
 
     def work(i):
         if i < 2:
             together.wait()
-        if threading.get_ident() == caller:
+        if (threading.get_ident() == caller) == here:
             raise KeyboardInterrupt
         time.sleep(0.05)
         done.append(i)
