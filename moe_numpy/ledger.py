@@ -175,12 +175,13 @@ def step_memory(cfg: ModelConfig, batch: int, moments: int = 2) -> StepMemory:
         at the loss         sum of a_l + 2 C + 3 V
         in the last layer   sum of a_l + 2 C + 2 V + t_l,    and the first gradients
         in the first layer  a_l + t_l,                       and all gradients
-    where t_l is what the backward of a layer makes and drops again: gradients of the scores or of
-    the hidden rows, whichever are more, and some of the stream. With `cfg.recompute` a layer leaves
-    C numbers, and a_l while its backward lasts. The peak is that of a step to 15 %, if the tokens
-    outweigh the vocabulary (the gradient of a tied table is not counted at the loss), no search for
-    places (next_best, Assignment) needs more than all that, and experts do not choose their tokens
-    (ExpertChoice: how many choose the same one is not known before).
+    where t_l is what a layer makes and drops again on its way back: gradients of the scores, of the
+    hidden rows or of the router's tables, whichever are most, and some of the stream. With
+    `cfg.recompute` a layer leaves C numbers, and a_l while its backward lasts. The peak is that of
+    a step to 15 %, if the tokens outweigh the vocabulary (the gradient of a tied table is not
+    counted at the loss), no search for places (next_best, Assignment) needs more than all that, and
+    experts do not choose their tokens (ExpertChoice: how many choose the same one is not known
+    before).
 
     Parameters
     ----------
