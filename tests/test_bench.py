@@ -71,7 +71,9 @@ bench_process.serve(build)
 
 def layer(**changes):
     moe = config.to_dict(MoEConfig(num_experts=4, top_k=2, hidden=8))
-    worker = bench.ours("layer", PLAN, moe=moe, width=16, tokens=32, parts=1, workers=1)
+    worker = bench.ours(
+        "layer", PLAN, moe=moe, width=16, tokens=32, parts=1, workers=1, processes=1
+    )
     return worker._replace(spec=worker.spec | changes)
 
 
@@ -533,6 +535,19 @@ def run_settings(parts):
     return {"config": bench.models(quick=True)["Mixtral"], "training": training}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such processes")
+def test_processes_of_a_layer_compute_what_the_caller_does():
+    moe = config.to_dict(MoEConfig(num_experts=4, top_k=2, hidden=8))
+    spec = {"work": "layer", "moe": moe, "width": 16, "tokens": 32, "parts": 1, "workers": 1}
+    with no_settling(), contextlib.ExitStack() as until_the_end, pytest.MonkeyPatch.context() as m:
+        m.setattr(bench_work, "_until_the_end", until_the_end)
+        alone, shared = (bench_work.build(spec | {"processes": n}).values() for n in (1, 2))
+        assert experts.elsewhere.get()
+    assert not experts.elsewhere.get()
+    for name, value in alone.items():
+        assert value.tobytes() == shared[name].tobytes(), name
+
+
 @pytest.mark.parametrize("kind", ["layer", "mlp", "step"])
 def test_two_parts_compute_the_function_of_the_whole(kind):
     with no_settling():
@@ -556,13 +571,21 @@ def test_a_worker_keeps_its_memory_and_starts_a_thread_for_each_part(monkeypatch
     assert asked == ["memory", 2] * 3
 
 
-def test_tokens_are_split_where_an_expert_has_many_and_else_large_experts_are_shared_out():
+def test_tokens_are_split_where_an_expert_has_many_and_else_large_experts_are_shared_out(
+    monkeypatch,
+):
     plan = PLAN._replace(threads=2)
-    split = lambda E, hidden: bench._split(  # noqa: E731
-        plan, MoEConfig(num_experts=E, top_k=2, hidden=hidden), 1024
-    )
-    assert [split(8, 512), split(32, 512), split(1024, 512)] == [(2, 2), (1, 2), (1, 2)]
-    assert [split(8, 64), split(128, 64), split(1024, 64)] == [(2, 2), (2, 2), (1, 1)]
+
+    def split(E, hidden):
+        found = bench._split(plan, MoEConfig(num_experts=E, top_k=2, hidden=hidden), 1024)
+        return found["parts"], found["workers"], found["processes"]
+
+    tokens, small = (2, 2, 1), (1, 1, 1)
+    for possible, shared_out in ((True, (1, 1, 2)), (False, (1, 2, 1))):
+        monkeypatch.setattr(machine, "can_limit_products", lambda possible=possible: possible)
+        monkeypatch.setattr(sys, "platform", "linux")
+        assert [split(8, 512), split(32, 512), split(1024, 512)] == [tokens, *2 * [shared_out]]
+        assert [split(8, 64), split(128, 64), split(1024, 64)] == [tokens, tokens, small]
     assert PLAN._replace(threads=5).shards == 1 and PLAN._replace(threads=4).shards == 4
 
 
@@ -631,7 +654,8 @@ def RNG():  # noqa: N802
 def test_what_a_step_takes_back_is_there_to_be_taken_back():
     assert isinstance(optimizer.BLOCK, int)
     assert isinstance(experts.FEW, int)
-    settings = {"memory", "shards", "float32", "blocks", "experts", "few", "processes"}
+    settings = {"memory", "shards", "float32", "blocks", "few"}
+    settings |= {"experts", "processes", "parallel"}
     settings |= set(bench.OF_GENERATION)
     assert plain.TWINS.keys() | settings == bench.STEPS.keys()
     worker = bench.ABLATION_WORKER.read_text("utf-8")
@@ -654,9 +678,11 @@ def worker(monkeypatch):
 
 @pytest.mark.parametrize("step", plain.TWINS)
 def test_the_twins_of_a_step_take_the_place_of_its_functions(worker, step):
-    spec = {"without": step, "work": "layer", "parts": 1, "workers": 2}
-    threads = 1 if step == "slices" else 2  # its threads meet in the products
-    assert worker.build(dict(spec)) == spec | {"workers": threads}
+    for processes, threads in ((1, 2), (2, 1)):
+        spec = {"without": step, "work": "layer", "parts": 1, "processes": processes}
+        left = 1 if step == "slices" else threads  # its threads meet in the products
+        built = worker.build(spec | {"workers": threads})
+        assert built == spec | {"workers": left}
     for name in plain.TWINS[step]:
         [home] = registry._homes(registry.PACKAGES)[name]
         assert getattr(home, name) is worker.TWINS[step][name]
@@ -678,7 +704,9 @@ def test_the_settings_of_a_step_are_taken_back(worker):
     assert spec["training"]["shards"] == spec["processes"] == 1
     worker.build({"without": "blocks"})
     assert optimizer.BLOCK > 1 << 40
-    assert worker.build({"without": "experts", "workers": 2})["workers"] == 1
+    for without, left in (("experts", (1, 1)), ("parallel", (2, 1))):
+        spec = worker.build({"without": without, "workers": 1, "processes": 2})
+        assert (spec["workers"], spec["processes"]) == left
     worker.build({"without": "few"})
     assert experts.FEW == 0
     worker.build({"without": "float32"})
@@ -726,7 +754,7 @@ def steps(tmp_path_factory):
 def test_the_record_of_the_steps_has_each_for_the_models_that_it_concerns(steps):
     assert steps["study"] == "speed_steps" and "verdicts" not in steps
     row, mixtral, layer, text = steps["rows"]
-    others = ["experts", "few", *bench.OF_GENERATION]
+    others = ["experts", "parallel", "few", *bench.OF_GENERATION]
     assert (row["name"], [*row["steps"], *others]) == ("MoE", list(bench.STEPS))
     assert (layer["name"], layer["steps"]) == ("layer of 8 experts", list(bench.OF_A_LAYER))
     assert (text["name"], text["steps"]) == ("generation", list(bench.OF_GENERATION))

@@ -22,9 +22,10 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOU
 MATHEMATICS = ("ops", "moe", "transformer")
 
 # A file imports from its own room and from those named here.
-GROUND = {"backend", "config", "tree", "files", "progress", "machine"}
+GROUND = {"backend", "config", "tree", "files", "progress", "machine", "processes"}
 ROOMS = {
     **{room: set() for room in GROUND},
+    "processes": {"backend", "config", "machine"},
     "ops": GROUND,
     "moe": GROUND | {"ops"},
     "transformer": GROUND | {"ops", "moe"},

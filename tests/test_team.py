@@ -17,7 +17,7 @@ from test_commands import ROOT, complaint, elsewhere, main, run  # noqa: F401
 from test_shards import LAYERS
 from test_stopping import same_end
 
-from moe_numpy import machine, tree
+from moe_numpy import machine, processes, tree
 from moe_numpy.config import SGD, AdamW
 from moe_numpy.training import loop, optimizer, shards, team
 
@@ -155,7 +155,7 @@ def test_gradients_have_one_tree_fewer_than_shards_if_every_member_has_one():
 
 def test_the_arrays_lie_apart_on_lines_of_the_cache_and_keep_their_values():
     before = tiny.run(tiny.moe())
-    room = tree.in_one_block(before.params, team._shared)
+    room = tree.in_one_block(before.params, processes.shared)
     assert tiny.same_bits(room, before.params)
     ends = 0
     for moved, old in pairs_of(room, before.params):
@@ -202,7 +202,7 @@ def test_the_end_of_a_member_is_told_and_the_block_is_left():
     with pytest.raises(ChildProcessError, match=r"every process must answer.*last checkpoint"):
         with a_team(4, 3) as (_, crew):
             crew._each(_die)
-    assert not multiprocessing.active_children() and time.monotonic() - started < team.PATIENCE
+    assert not multiprocessing.active_children() and time.monotonic() - started < processes.PATIENCE
 
 
 class OddError(Exception):
@@ -236,7 +236,7 @@ def test_no_answer_is_taken_for_that_of_a_later_call(do, problem):
 
 def test_memory_that_cannot_be_shared_is_told_as_memory():
     with pytest.raises(MemoryError, match=r"allocate \d+\.0 MiB that processes share"):
-        team._shared(1 << 62)
+        processes.shared(1 << 62)
 
 
 def test_an_interrupt_while_the_team_starts_stops_the_run_after_a_step(monkeypatch):
@@ -316,7 +316,7 @@ def test_other_systems_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"on Linux, got a run on darwin\. Leave processes out"):
         team.require_possible(2, 2)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(team, "few_launches", lambda: True)
+    monkeypatch.setattr(processes, "few_launches", lambda: True)
     with pytest.raises(ValueError, match="on Linux, got a run on the GPU"):
         team.require_possible(2, 2)
 
@@ -325,7 +325,7 @@ def test_a_team_of_one_and_impossible_numbers_are_refused_before_anything_is_wri
     run = tiny.run(tiny.moe(), shards=2)
     with pytest.raises(ValueError, match="team: processes must be a whole number of at least 2"):
         team.Team(run.params, run.state, run.cfg, run.training, 1)
-    for processes, words in ((0, "train: processes must"), (3, r"at most the shards .* got 3")):
+    for number, words in ((0, "train: processes must"), (3, r"at most the shards .* got 3")):
         with pytest.raises(ValueError, match=words):
-            loop.train(run, tmp_path / "run.npz", show_progress=False, processes=processes)
+            loop.train(run, tmp_path / "run.npz", show_progress=False, processes=number)
     assert not (tmp_path / "run.npz").exists()

@@ -110,14 +110,15 @@ STEPS = {
     "blocks": "optimizer in blocks, not whole arrays",
     "gather": "gather on the way back, not np.add.at",
     "slices": "slices of sorted rows, not padded batches",
-    "experts": "threads share experts out, not each product",
+    "experts": "experts shared out, not each product",
+    "parallel": "processes share experts out, not threads",
     "few": "few rows: products of narrow parts",
     "keys": "keys and values kept (and few calls), not computed anew",
     "alone": "a token alone in few calls, not as a batch of one",
     "block": "weights in one block, not each on its own",
 }
 EXPERTS_ONLY = ("gather", "slices")
-OF_A_LAYER = ("memory", "activations", *EXPERTS_ONLY, "experts", "few")  # that has many experts
+OF_A_LAYER = ("memory", "activations", *EXPERTS_ONLY, "experts", "parallel", "few")  # of many
 OF_GENERATION = ("keys", "alone", "block")
 
 
@@ -281,7 +282,7 @@ def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     if not ABLATION_WORKER.exists():
         return
     for name, cfg in models(plan.quick).items():
-        without = {"experts", "few", *OF_GENERATION, *(() if cfg.moe else EXPERTS_ONLY)}
+        without = {"experts", "parallel", "few", *OF_GENERATION, *(() if cfg.moe else EXPERTS_ONLY)}
         without |= {"shards"} if plan.shards == 1 else set()
         without |= {"processes"} if plan.processes == 1 else set()
         steps = [step for step in STEPS if step not in without]
@@ -291,7 +292,8 @@ def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     name = f"layer of {experts} experts"
     report(f"steps of speed, {name}")
     moe = MoEConfig(num_experts=experts, top_k=2, hidden=512)
-    steps = [step for step in OF_A_LAYER if step != "experts" or plan.threads > 1]
+    possible = {"experts": plan.threads, "parallel": plan.processes}
+    steps = [step for step in OF_A_LAYER if possible.get(step, 2) > 1]
     tokens = 8 * experts
     yield {"name": name, **_taken_back(plan, _our_layer(plan, moe, tokens), steps)}
     report("steps of speed, generation")
@@ -342,7 +344,7 @@ def _layer(plan: Plan, name: str, moe: MoEConfig, tokens: int) -> dict[str, Any]
             workers.append(theirs(label, workers[0], variant=variant))
     found = plan.race(workers)
     sizes = {"experts": moe.num_experts, "top_k": moe.top_k, "hidden": moe.hidden}
-    split = {what: workers[0].spec[what] for what in ("parts", "workers")}
+    split = {what: workers[0].spec[what] for what in ("parts", "workers", "processes")}
     return {"name": name, **sizes, "tokens": tokens, **split, **found}
 
 
@@ -360,21 +362,24 @@ def _growth(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
 def _our_layer(plan: Plan, moe: MoEConfig, tokens: int) -> Worker:
     gates = "renormalized" if moe.renormalized else "raw"
     described = config.to_dict(moe) | {"gate_weights": gates}
-    parts, workers = _split(plan, moe, tokens)
-    spec = {"width": WIDTH, "tokens": tokens, "parts": parts, "workers": workers}
+    spec = {"width": WIDTH, "tokens": tokens, **_split(plan, moe, tokens)}
     return ours("layer", plan, moe=described, **spec)
 
 
-def _split(plan: Plan, moe: MoEConfig, tokens: int) -> tuple[int, int]:
-    """Say how our side shares a layer out: into how many parts of the tokens, on how many threads.
+def _split(plan: Plan, moe: MoEConfig, tokens: int) -> dict[str, int]:
+    """Say how our side shares a layer out: into parts of the tokens, on threads, or on processes.
 
     Each part needs all the matrices, and gradients of its own for them. Where an expert has few
-    tokens, the threads share the experts out instead, or if those are small, the products.
+    tokens, processes share the experts out instead (or threads, where there can be no processes),
+    or if those are small, threads the products.
     """
     rows = tokens * moe.top_k / moe.num_experts
-    if WIDTH * moe.hidden >= machine.WORTH_A_THREAD and rows < ROWS_TO_SPLIT:
-        return 1, plan.threads
-    return (plan.threads, plan.threads) if rows >= FEW_ROWS else (1, 1)
+    large = WIDTH * moe.hidden >= machine.WORTH_A_THREAD
+    if rows >= (ROWS_TO_SPLIT if large else FEW_ROWS):
+        return {"parts": plan.threads, "workers": plan.threads, "processes": 1}
+    if large and plan.processes > 1:
+        return {"parts": 1, "workers": 1, "processes": plan.threads}
+    return {"parts": 1, "workers": plan.threads if large else 1, "processes": 1}
 
 
 def _overhead(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
@@ -389,7 +394,9 @@ def _overhead(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     spec = {"width": width, "tokens": tokens, "workers": plan.threads}
     workers = [
         ours("mlp", plan, hidden=2 * hidden, parts=plan.threads, **spec)._replace(name="dense"),
-        ours("layer", plan, moe=moe, parts=1, **spec)._replace(name="8 experts, top-2"),
+        ours("layer", plan, moe=moe, parts=1, processes=1, **spec)._replace(
+            name="8 experts, top-2"
+        ),
     ]
     yield {"name": "overhead", **plan.race(workers, same=False)}
 

@@ -22,7 +22,7 @@ from moe_numpy import config, machine, tree
 from moe_numpy.config import ModelConfig, MoEConfig, TrainingConfig
 from moe_numpy.lab import bench_products, metrics
 from moe_numpy.lab.bench_process import Work, sketch
-from moe_numpy.moe import layer, mlp
+from moe_numpy.moe import expert_parallel, layer, mlp
 from moe_numpy.training import data, loop, shards
 from moe_numpy.transformer import generation, model
 
@@ -127,8 +127,13 @@ def _next_batches(run: loop.Run) -> tuple[np.ndarray, np.ndarray]:
 
 def _layer(spec: dict[str, Any]) -> Work:
     cfg: MoEConfig = config.from_dict(spec["moe"])
+    _settle(spec["workers"])
     x, dy, rng = _rows(spec)
     params = layer.init_moe(rng, cfg, spec["width"], "float32")
+    if spec["processes"] > 1:
+        rows = spec["tokens"] * cfg.top_k
+        crew = expert_parallel.expert_parallel(params, rows, spec["processes"])
+        params = _until_the_end.enter_context(crew)
     aux = np.zeros((), "float32")
 
     def part(x: np.ndarray, dy: np.ndarray) -> tuple:
@@ -139,6 +144,7 @@ def _layer(spec: dict[str, Any]) -> Work:
 
 
 def _mlp(spec: dict[str, Any]) -> Work:
+    _settle(spec["workers"])
     x, dy, rng = _rows(spec)
     params = mlp.init_mlp(rng, spec["width"], spec["hidden"], "gelu_tanh", "float32", 1)
 
@@ -152,7 +158,6 @@ def _mlp(spec: dict[str, Any]) -> Work:
 def _forward_and_backward(
     part: Callable, x: np.ndarray, dy: np.ndarray, params: tree.Tree, spec: dict[str, Any]
 ) -> Work:
-    _settle(spec["workers"])
     parts = spec["parts"]
     xs, dys = np.array_split(x, parts), np.array_split(dy, parts)
 

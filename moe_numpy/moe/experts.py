@@ -6,10 +6,11 @@ an expert whose rows are padded.
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from numpy.random import Generator
 
@@ -27,6 +28,10 @@ FEW = 32  # rows of an expert
 SMALL = 1_000_000  # multiplications of a small product,
 SMALL_RESULT = 1024  # or if its matrix is transposed: numbers of the result
 WIDE, NARROW = 64, 32  # columns (rows, of a gradient) in a part, and in one of a transposed matrix
+
+# Who may run the experts instead: the processes of `expert_parallel`.
+elsewhere: contextvars.ContextVar[tuple[Any, ...]]
+elsewhere = contextvars.ContextVar("processes that hold experts", default=())
 
 
 class ExpertParams(NamedTuple):
@@ -126,17 +131,21 @@ def grouped_linear_forward(
     return y_RO, (x_RI, w_EIO, offsets)
 
 
-def grouped_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
+def grouped_linear_backward(
+    dy_RO: Array, cache: Cache, dw_EIO: Array | None = None
+) -> tuple[Array, Array]:
     """Undo `grouped_linear_forward`: `linear_backward` for each slice.
 
     dx[rows of e] = dy[rows of e] w[e]^T,    dw[e] = x[rows of e]^T dy[rows of e];
     an expert without rows gets the gradient zero.
 
-    Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O)
+    Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O), in a new array or the given one
     """
     x_RI, w_EIO, offsets = cache
     R, (E, I, O) = x_RI.shape[0], w_EIO.shape
-    dx_RI, dw_EIO = xp.empty((R, I), x_RI.dtype), xp.empty((E, I, O), x_RI.dtype)
+    dx_RI = xp.empty((R, I), x_RI.dtype)
+    if dw_EIO is None:
+        dw_EIO = xp.empty((E, I, O), x_RI.dtype)
     J, W = _part(NARROW, I), _part(WIDE, I)
     w_EQOJ = w_EIO.reshape(E, I // J, J, O).swapaxes(2, 3)
     dx_QRJ = dx_RI.reshape(R, I // J, J).swapaxes(0, 1)
@@ -202,16 +211,18 @@ def padded_linear_forward(
     return y_EPO.reshape(E * P, O)[place_R], (x_RI, w_EIO, place_R, P)  # 3. unpad
 
 
-def padded_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array]:
+def padded_linear_backward(
+    dy_RO: Array, cache: Cache, dw_EIO: Array | None = None
+) -> tuple[Array, Array]:
     """Undo `padded_linear_forward`: `linear_backward` for each expert; padding adds only zeros.
 
-    Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O)
+    Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O), in a new array or the given one
     """
     x_RI, w_EIO, place_R, P = cache
     E, I, O = w_EIO.shape
     dy_EPO = _pad(dy_RO, place_R, (E, P, O))  # 3.
     dx_EPI = dy_EPO @ w_EIO.swapaxes(1, 2)  # 2.
-    dw_EIO = _pad(x_RI, place_R, (E, P, I)).swapaxes(1, 2) @ dy_EPO
+    dw_EIO = xp.matmul(_pad(x_RI, place_R, (E, P, I)).swapaxes(1, 2), dy_EPO, out=dw_EIO)
     return dx_EPI.reshape(E * P, I)[place_R], dw_EIO  # 1.
 
 
@@ -265,17 +276,20 @@ def expert_linear_forward(
     return y_RO, (product_cache, bias_cache)
 
 
-def expert_linear_backward(dy_RO: Array, cache: Cache) -> tuple[Array, Array, Array | None]:
+def expert_linear_backward(
+    dy_RO: Array, cache: Cache, dw_EIO: Array | None = None
+) -> tuple[Array, Array, Array | None]:
     """Undo `expert_linear_forward` part by part.
 
-    Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O), db_EO (E, O) or None
+    Shapes     dy_RO (R, O) -> dx_RI (R, I), dw_EIO (E, I, O), in a new array or the given one,
+               db_EO (E, O) or None
     """
     product_cache, bias_cache = cache
     _, product_backward = _products()
     db_EO = None
     if bias_cache is not None:
         dy_RO, db_EO = grouped_bias_backward(dy_RO, bias_cache)  # 2.
-    dx_RI, dw_EIO = product_backward(dy_RO, product_cache)  # 1.
+    dx_RI, dw_EIO = product_backward(dy_RO, product_cache, dw_EIO)  # 1.
     return dx_RI, dw_EIO, db_EO
 
 
@@ -293,6 +307,9 @@ def experts_forward(
                `ledger.LEFT` lists for its activation (2 for tanh GELU, 3 for SwiGLU)
     Source     Shazeer et al. 2017, section 3.2; gated: Jiang et al. 2024, Mixtral, section 2.1
     """
+    for crew in elsewhere.get():
+        if crew.holds(params):
+            return crew.forward(x_RC, params, cfg, offsets)
     a_RF, in_cache = expert_linear_forward(x_RC, params.in_ECF, params.in_EF, offsets)  # 1. widen
     up_RF = up_cache = third_RF = third_cache = None
     if params.up_ECF is not None:
@@ -308,21 +325,26 @@ def experts_forward(
     return y_RC, (in_cache, up_cache, third_cache, act_cache, out_cache)
 
 
-def experts_backward(dy_RC: Array, cache: Cache) -> tuple[Array, ExpertParams]:
+def experts_backward(
+    dy_RC: Array, cache: Cache, room: ExpertParams | None = None
+) -> tuple[Array, ExpertParams]:
     """Undo `experts_forward` part by part; every branch has read x, so their gradients add up.
 
-    Shapes     dy_RC (R, C) -> dx_RC (R, C), grads
+    Shapes     dy_RC (R, C) -> dx_RC (R, C), grads: those of matrices in new arrays, or in `room`
     """
+    if not isinstance(cache, tuple):  # it is held elsewhere
+        return cache.backward(dy_RC)
     in_cache, up_cache, third_cache, act_cache, out_cache = cache
-    dh_RF, dout_EFC, dout_EC = expert_linear_backward(dy_RC, out_cache)  # 3.
+    room = room or ExpertParams(None, None, None)
+    dh_RF, dout_EFC, dout_EC = expert_linear_backward(dy_RC, out_cache, room.out_EFC)  # 3.
     da_RF, dup_RF, dthird_RF = activation.activate_backward(dh_RF, act_cache)  # 2.
-    dx_RC, din_ECF, din_EF = expert_linear_backward(da_RF, in_cache)  # 1.
+    dx_RC, din_ECF, din_EF = expert_linear_backward(da_RF, in_cache, room.in_ECF)  # 1.
     dup_ECF = dup_EF = dthird_ECF = None
     if up_cache is not None:
-        dx_up_RC, dup_ECF, dup_EF = expert_linear_backward(dup_RF, up_cache)
+        dx_up_RC, dup_ECF, dup_EF = expert_linear_backward(dup_RF, up_cache, room.up_ECF)
         dx_RC += dx_up_RC
     if third_cache is not None:
-        dx_third_RC, dthird_ECF, _ = expert_linear_backward(dthird_RF, third_cache)
+        dx_third_RC, dthird_ECF, _ = expert_linear_backward(dthird_RF, third_cache, room.third_ECF)
         dx_RC += dx_third_RC
     grads = ExpertParams(din_ECF, dup_ECF, dout_EFC, dthird_ECF, din_EF, dup_EF, dout_EC)
     return dx_RC, grads

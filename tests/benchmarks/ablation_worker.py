@@ -49,7 +49,12 @@ def one_block(spec):
 
 def products_of_two_threads(spec):
     """Let the threads meet in the products instead of sharing out experts."""
-    spec["workers"] = 1
+    spec["workers"] = spec["processes"] = 1
+
+
+def threads_for_experts(spec):
+    """Let the threads of one process share out the experts."""
+    spec["workers"], spec["processes"] = spec["processes"], 1
 
 
 def one_order(spec):
@@ -58,8 +63,8 @@ def one_order(spec):
 
 
 def products_of_all_threads(spec):
-    """Without slices there are no experts to share out: a layer's threads meet in the products."""
-    if spec["work"] == "layer" and spec["parts"] == 1:
+    """Without slices threads have no experts to share out: they meet in the products."""
+    if spec["work"] == "layer" and spec["parts"] == spec["processes"] == 1:
         spec["workers"] = 1
 
 
@@ -97,6 +102,7 @@ SETTINGS = {
     "blocks": one_block,
     "float32": double_precision,
     "experts": products_of_two_threads,
+    "parallel": threads_for_experts,
     "few": one_order,
     "slices": products_of_all_threads,
     "keys": nothing_kept,

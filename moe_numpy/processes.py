@@ -1,0 +1,156 @@
+"""Processes that work together, each with a Python of its own.
+
+Threads of one Python wait for each other between the calls of NumPy, the longer the smaller their
+arrays; processes do not. What all members need lies in memory that they share. The rest goes
+through pipes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import os
+import select
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_numpy import machine
+from moe_numpy.backend import few_launches
+from moe_numpy.config import rules
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+PATIENCE = 10.0  # seconds that a member has for its last answer
+AWAKE = 0.005  # seconds that a process waits before it goes to sleep
+
+
+class Processes:
+    """Processes at work between `with` and its end; the caller's own is the member of rank 0.
+
+    A member has the program and all data as they were when the block began. What else its work
+    needs of the caller is sent to it.
+    """
+
+    who = "processes"
+    advice = "Start them anew, fewer of them."
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lines: list[Connection] = []
+
+    def __enter__(self) -> Any:
+        import multiprocessing  # not with the package: few need it, and it is slow to import
+
+        fork = multiprocessing.get_context("fork")
+        machine.give_memory_back()
+        with contextlib.ExitStack() as end:
+            end.enter_context(machine.one_product_a_thread() or contextlib.nullcontext())
+            end.enter_context(machine.sharing(None))  # a process does not inherit threads
+            for rank in range(1, self.size):
+                ours, theirs = fork.Pipe()
+                self._lines.append(ours)
+                member = fork.Process(target=_serve, args=(self, rank, theirs), daemon=True)
+                with warnings.catch_warnings():  # a fork beside threads; OpenBLAS provides for that
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    member.start()
+                theirs.close()
+                end.callback(_dismiss, member, ours)
+            self._end = end.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.close()
+
+    def _each(self, do: Callable[..., list], *arguments: Any) -> list:
+        """Let every member do its share: list the results, which are dealt to them in turns.
+
+        Raises     what a member raised; ChildProcessError if one ended
+        """
+        try:
+            for line in self._lines:
+                line.send((do, arguments))
+            found = [_attempt(do, self, 0, arguments), *map(_receive, self._lines)]
+        except BaseException as problem:
+            for line in self._lines:  # a late answer must not be taken for that of the next call
+                line.close()
+            if not isinstance(problem, EOFError | OSError):
+                raise
+            raise ChildProcessError(
+                f"{self.who}: every process must answer, got the end of one; the system may have "
+                f"been short of memory. {self.advice}"
+            ) from None
+        for problem in found:
+            if isinstance(problem, Exception):
+                raise problem
+        in_turns = itertools.zip_longest(*found)
+        return [result for turn in in_turns for result in turn][: sum(map(len, found))]
+
+
+def _serve(team: Processes, rank: int, line: Connection) -> None:
+    """Answer rank 0 until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; rank 0 answers it
+    machine.keep_memory()  # whatever the caller does with its own
+    for other in team._lines:  # which this process inherited, and whose end it would hide
+        other.close()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            do, arguments = _receive(line)
+            line.send(_attempt(do, team, rank, arguments))
+
+
+def _receive(line: Connection) -> Any:
+    """Wait for the next message: awake for a while, as many come sooner than a sleeper wakes up."""
+    ready, end = select.poll(), time.perf_counter() + AWAKE
+    ready.register(line, select.POLLIN)
+    while not ready.poll(0) and time.perf_counter() < end:
+        os.sched_yield()  # another process may have use for this core
+    return line.recv()
+
+
+def _attempt(do: Callable[..., list], team: Processes, rank: int, arguments: tuple) -> Any:
+    try:
+        return do(team, rank, *arguments)
+    except Exception as problem:
+        return problem
+
+
+def _dismiss(member: Any, line: Connection) -> None:
+    line.close()
+    member.join(PATIENCE)
+    if member.is_alive():
+        member.kill()
+        member.join()
+
+
+def shared(size: int) -> np.ndarray:
+    """Allocate bytes, all zero, that later processes share.
+
+    Raises     MemoryError if there are not so many
+    """
+    try:
+        return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+    except OSError:
+        wanted = f"{size / 2**20:.1f} MiB that processes share"
+        raise MemoryError(f"Unable to allocate {wanted}") from None
+
+
+def require_possible(who: str, size: int) -> None:
+    """Make sure that there are to be two processes at least, and that this system can have them.
+
+    Raises     ValueError if not
+    """
+    rules.whole_number(who, "processes", size, 2)
+    if sys.platform != "linux" or few_launches():
+        where = "on the GPU" if few_launches() else f"on {sys.platform}"
+        raise ValueError(
+            f"{who}: processes must share memory of the host on Linux, got a run {where}. "
+            "Leave processes out: threads share out the work instead."
+        )

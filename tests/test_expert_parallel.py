@@ -1,0 +1,316 @@
+"""Processes that share experts out: the bits of one, memory that is not written twice, an end."""
+
+import contextlib
+import contextvars
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+import tiny
+
+from moe_numpy import processes, tree
+from moe_numpy.config import Capacity, Hierarchy, LearnedNoise, Shared, SoftSlots, SwitchLoss
+from moe_numpy.moe import expert_parallel, experts, layer, router
+from moe_numpy.transformer import model
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such processes")
+
+N, C = 48, 16
+LAYERS = {
+    "plain": tiny.moe(),
+    "gated, with biases": tiny.moe(activation="clamped_swiglu", expert_bias=True),
+    "a third branch": tiny.moe(activation="swiglu3"),
+    "noise, places, a loss": tiny.moe(
+        noise=LearnedNoise(), capacity=Capacity(factor=0.7), balance=(SwitchLoss(),)
+    ),
+    "gate on the input, shared": tiny.moe(gate_on="input", shared=Shared(hidden=8)),
+    "many experts without rows": tiny.moe(num_experts=64, top_k=1),
+    "one expert": tiny.moe(num_experts=1, top_k=1),
+    "slots": tiny.moe(top_k=4, selection=SoftSlots(slots=3)),
+    "a hierarchy": tiny.moe(num_experts=6, selection=Hierarchy(groups=2, kept=1)),
+}
+
+
+def drawn(cfg, dtype="float32", tokens=N):
+    """Draw a layer, its noise, tokens and an upstream gradient."""
+    rng = np.random.default_rng(7)
+    x_NC, dy_NC = rng.standard_normal((2, tokens, C)).astype(dtype)
+    params = layer.init_moe(rng, cfg, C, dtype)
+    return x_NC, dy_NC, params, router.draw_noise(rng, cfg, tokens, C, dtype)
+
+
+def both_ways(x_NC, dy_NC, params, cfg, noise):
+    y_NC, aux, _, cache = layer.moe_forward(x_NC, params, cfg, noise)
+    return y_NC, aux, *layer.moe_backward(dy_NC, np.ones_like(aux), cache)
+
+
+@contextlib.contextmanager
+def parallel(params, rows=2 * N, size=2):
+    """Begin the block; yield the parameters and the processes."""
+    with expert_parallel.expert_parallel(params, rows, size) as shared:
+        yield shared, experts.elsewhere.get()[0]
+
+
+# ------------------------------------------------------------------------------------------- bits
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_processes_change_no_bit_of_a_layer(name, size, dtype, monkeypatch):
+    cfg = LAYERS[name]
+    x_NC, dy_NC, params, noise = drawn(cfg, dtype)
+    alone = both_ways(x_NC, dy_NC, params, cfg, noise)
+    with parallel(params, size=size) as (shared, crew):
+        asked, each = [], crew._each
+        monkeypatch.setattr(crew, "_each", lambda *a: asked.append(a[0].__name__) or each(*a))
+        for paces in ([1 / size] * size, [0.9, *[0.1 / (size - 1)] * (size - 1)]):
+            crew.paces = paces
+            together = both_ways(x_NC, dy_NC, shared, cfg, noise)
+            assert tiny.same_bits(alone, together)
+            del together
+        assert asked == ["_run", "_undo"] * 2
+
+
+def test_nor_for_no_tokens_at_all():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg, tokens=0)
+    alone = both_ways(x_NC, dy_NC, params, cfg, None)
+    with parallel(params) as (shared, _):
+        assert tiny.same_bits(alone, both_ways(x_NC, dy_NC, shared, cfg, None))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nor_of_a_model_whose_layers_all_share_their_experts_out(recompute):
+    cfg = tiny.model(tiny.moe(activation="swiglu", capacity=Capacity(factor=1.0)), layers=3)
+    cfg = tiny.without(cfg, recompute=recompute)
+    rng = np.random.default_rng(0)
+    token_BT, target_BT = rng.integers(0, cfg.vocab_size, (2, 3, 16))
+    params = model.init_model(rng, cfg)
+
+    def step(params):
+        loss, _, cache = model.loss_forward(token_BT, target_BT, params, cfg)
+        return loss, model.loss_backward(np.ones_like(loss), cache)
+
+    alone = step(params)
+    with parallel(params) as (shared, crew):
+        assert len(crew.layers) == 3
+        for _ in range(2):
+            assert tiny.same_bits(alone, step(shared))
+
+
+def test_what_is_written_to_the_parameters_is_seen_by_all():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    with parallel(params) as (shared, _):
+        before = both_ways(x_NC, dy_NC, shared, cfg, None)[0]
+        for mine, theirs in zip(tree.leaves(params), tree.leaves(shared), strict=True):
+            assert not np.shares_memory(mine, theirs)
+            mine *= 1.5
+            theirs *= 1.5
+        after = both_ways(x_NC, dy_NC, shared, cfg, None)
+        assert (after[0] != before).any()
+        assert tiny.same_bits(after, both_ways(x_NC, dy_NC, params, cfg, None))
+    assert tiny.same_bits(after[0], both_ways(x_NC, dy_NC, shared, cfg, None)[0])  # after the end
+
+
+def test_a_layer_with_other_arrays_is_computed_by_the_caller_alone(monkeypatch):
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    with parallel(params) as (shared, crew):
+        monkeypatch.setattr(crew, "_each", lambda *a: pytest.fail("sent to the processes"))
+        other = shared.experts._replace(out_EFC=2 * shared.experts.out_EFC)
+        found = both_ways(x_NC, dy_NC, shared._replace(experts=other), cfg, None)
+        own = params.experts._replace(out_EFC=2 * params.experts.out_EFC)
+        judge = both_ways(x_NC, dy_NC, params._replace(experts=own), cfg, None)
+        assert tiny.same_bits(found, judge)
+
+
+def test_blocks_within_blocks_each_have_their_layer():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    other = layer.init_moe(1, cfg, C, "float32")
+    alone = [both_ways(x_NC, dy_NC, p, cfg, None) for p in (params, other)]
+    with parallel(params) as (first, _), parallel(other) as (second, _):
+        assert len(experts.elsewhere.get()) == 2
+        for shared, judge in zip((first, second, first), (*alone, alone[0]), strict=True):
+            assert tiny.same_bits(judge, both_ways(x_NC, dy_NC, shared, cfg, None))
+    assert experts.elsewhere.get() == () and not multiprocessing.active_children()
+
+
+# ----------------------------------------------------------------------------------------- sharing
+def test_the_experts_are_cut_into_runs_of_the_work_that_a_pace_allows():
+    rows, M = 10, expert_parallel.MATRICES
+    offsets = tuple(range(0, 8 * rows + 1, rows))
+    assert expert_parallel._cut(offsets, [0.5, 0.5]) == ([0, 4, 8], [0.5, 0.5])
+    assert expert_parallel._cut(offsets, [0.25, 0.5, 0.25])[0] == [0, 2, 6, 8]
+    bounds, shares = expert_parallel._cut((0, 3, 90), [0.5, 0.5])  # never both for one member
+    assert bounds == [0, 1, 2] and shares[0] == (3 + M) / (90 + 2 * M)
+    bounds, shares = expert_parallel._cut((0, 4), [0.4, 0.3, 0.3])
+    assert sorted(np.diff(bounds)) == [0, 0, 1] and sum(shares) == 1.0
+    bounds, _ = expert_parallel._cut((0,) + (100,) * 8, [0.5, 0.5])  # one has all the rows
+    assert bounds == [0, 1, 8]
+
+
+def test_a_slow_member_gets_less_work_and_an_idle_one_gets_some_again():
+    _, _, params, _ = drawn(tiny.moe())
+    with parallel(params) as (_, crew):
+        for _ in range(20):
+            crew._learn([2 * crew.paces[0], crew.paces[1]], crew.paces)  # half the speed
+        assert np.allclose(crew.paces, [1 / 3, 2 / 3], atol=1e-3)
+        crew.paces = [0.0, 1.0]
+        for _ in range(20):
+            crew._learn([1e-3, 1.0], [0.0, 1.0])
+        assert np.allclose(crew.paces, 0.5, atol=1e-3)
+
+
+def _who(crew, rank):
+    return [(os.getpid(), len(crew.held))]
+
+
+def test_every_member_keeps_its_part_of_a_cache_as_long_as_the_caller_keeps_the_cache():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    alone = both_ways(x_NC, dy_NC, params, cfg, None)
+    with parallel(params) as (shared, crew):
+        forward = lambda: layer.moe_forward(x_NC, shared, cfg)  # noqa: E731
+        (y_NC, aux, _, first), (_, _, _, second) = forward(), forward()
+        assert [held for _, held in crew._each(_who)] == [2, 2]
+        assert len({pid for pid, _ in crew._each(_who)}) == 2
+        for cache in (second, first, first):  # in any order, and again
+            found = layer.moe_backward(dy_NC, np.ones_like(aux), cache)
+            assert tiny.same_bits(alone, (y_NC, aux, *found))
+            del found
+        del first, second, cache
+        gc.collect()
+        *_, last = forward()  # who is told with the next message
+        assert [held for _, held in crew._each(_who)] == [1, 1]
+        assert last is not None
+
+
+def test_gradients_that_are_held_are_not_written_again():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    with parallel(params) as (shared, _):
+        backward = lambda: both_ways(x_NC, dy_NC, shared, cfg, None)[-1]  # noqa: E731
+        kept = backward()
+        copy, view = tree.map(np.copy, kept), kept.experts.in_ECF[1:2]
+        x_NC *= 2
+        later = backward()
+        assert tiny.same_bits(kept, copy) and (later.experts.in_ECF != kept.experts.in_ECF).any()
+        with pytest.raises(ValueError, match="at most 2 gradients of a layer may be held"):
+            backward()
+        del kept
+        with pytest.raises(ValueError, match="one more"):
+            backward()  # a view of one array is left
+        assert (view == copy.experts.in_ECF[1:2]).all()
+        del view
+        assert tiny.same_bits(backward(), later)
+        for _ in range(5):
+            later = backward()
+
+
+def test_threads_of_the_caller_take_turns():
+    cfg = tiny.moe()
+    x_NC, _, params, _ = drawn(cfg)
+    judge = layer.moe_forward(x_NC, params, cfg)[0]
+    with parallel(params) as (shared, _):
+        found = []
+
+        def work():
+            found.extend(layer.moe_forward(x_NC, shared, cfg)[0] for _ in range(20))
+
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(work,)) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 80 and all(tiny.same_bits(judge, y_NC) for y_NC in found)
+
+
+# ------------------------------------------------------------------------------------ end, refusals
+def _fail(crew, rank, *_):
+    if rank == 1:
+        raise MemoryError("no room in member 1")
+    return [0.0]
+
+
+def _die(crew, rank, *_):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [0.0]
+
+
+def test_what_a_member_raises_is_raised_here_and_the_next_call_is_answered(monkeypatch):
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    alone = both_ways(x_NC, dy_NC, params, cfg, None)
+    with parallel(params) as (shared, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(expert_parallel, "_run", _fail)
+            with pytest.raises(MemoryError, match="no room in member 1"):
+                layer.moe_forward(x_NC, shared, cfg)
+        assert tiny.same_bits(alone, both_ways(x_NC, dy_NC, shared, cfg, None))
+
+
+def test_the_end_of_a_member_is_told_and_leaves_nobody(monkeypatch):
+    cfg = tiny.moe()
+    x_NC, _, params, _ = drawn(cfg)
+    monkeypatch.setattr(expert_parallel, "_run", _die)
+    words = r"expert_parallel: every process must answer.*Begin the block anew, with fewer"
+    with pytest.raises(ChildProcessError, match=words):
+        with parallel(params, size=3) as (shared, _):
+            layer.moe_forward(x_NC, shared, cfg)
+    assert not multiprocessing.active_children() and experts.elsewhere.get() == ()
+
+
+def test_a_backward_after_the_end_is_refused():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    with parallel(params) as (shared, _):
+        _, aux, _, cache = layer.moe_forward(x_NC, shared, cfg)
+    with pytest.raises(ValueError, match="a backward must come before the block ends"):
+        layer.moe_backward(dy_NC, np.ones_like(aux), cache)
+
+
+def test_more_rows_than_there_is_room_for_are_refused():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    with parallel(params, rows=2 * N - 1) as (shared, _):
+        with pytest.raises(
+            ValueError, match=r"must send at most 95 rows, got 96\. Begin the block"
+        ):
+            layer.moe_forward(x_NC, shared, cfg)
+        judge = both_ways(x_NC[1:], dy_NC[1:], params, cfg, None)
+        assert tiny.same_bits(judge, both_ways(x_NC[1:], dy_NC[1:], shared, cfg, None))
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "words"),
+    [
+        (96, 1, "expert_parallel: processes must be a whole number of at least 2, got 1"),
+        (0, 2, "expert_parallel: rows must be a whole number of at least 1, got 0"),
+        (96, 2.0, r"processes must be a whole number of at least 2, got 2\.0"),
+    ],
+)
+def test_impossible_numbers_are_refused(rows, size, words):
+    _, _, params, _ = drawn(tiny.moe())
+    with pytest.raises(ValueError, match=words), parallel(params, rows, size):
+        pass
+
+
+def test_parameters_without_experts_and_other_systems_are_refused(monkeypatch):
+    dense = model.init_model(np.random.default_rng(0), tiny.model())
+    with pytest.raises(ValueError, match="the parameters must have experts, got none"):
+        with parallel(dense):
+            pass
+    _, _, params, _ = drawn(tiny.moe())
+    monkeypatch.setattr(processes, "few_launches", lambda: True)
+    with pytest.raises(ValueError, match="on Linux, got a run on the GPU"), parallel(params):
+        pass
+    assert not multiprocessing.active_children()
