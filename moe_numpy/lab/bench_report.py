@@ -262,6 +262,8 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
     if "tokens" in row and row["row"] in ("step", "generation"):
         speeds = [1e3 * row["tokens"] / side["milliseconds"]["median"] for side in row["sides"]]
         yield "tokens a second: " + ", ".join(f"{speed:,.0f}" for speed in speeds)
+    if row["row"] == "layer" and row.get("processes", 1) > 1:
+        yield f"ours: {row['processes']} processes share the experts out"
     if "by_length" in row:
         first, last = halves(row)
         yield f"a token takes {first:.3g} ms in the first half, {last:.3g} ms in the second"
