@@ -18,6 +18,8 @@
 
 # %%
 # %matplotlib inline
+import sys
+
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import display
@@ -27,7 +29,7 @@ from moe_numpy.classroom import exercises_13, registry
 from moe_numpy.config import MoEConfig
 from moe_numpy.lab import bench, bench_pictures, bench_report, pictures
 from moe_numpy.lab.rich_get_richer import FIGURES
-from moe_numpy.moe import experts, layer
+from moe_numpy.moe import expert_parallel, experts, layer
 from moe_numpy.ops import activation, rows
 
 # %%
@@ -51,7 +53,7 @@ removals = files.read_json(FIGURES / "speed_steps.json")
 # %% [markdown]
 # ## 1. How the gains were measured
 #
-# Each optimization is switched off by itself, with what depends on it (sections 4, 6 and 8 say
+# Each optimization is switched off by itself, with what depends on it (sections 4, 6, 7 and 8 say
 # what), and everything else stays. The programs take turns on the same machine: complete, without
 # the first, without the second and so on, then the next round. The **gain** of a round is the time
 # without it over the time of the complete program: 2 means twice as fast, 1 means no difference. Of
@@ -138,9 +140,9 @@ show("slices")
 # %% [markdown]
 # That was a layer whose router is new. The more uneven the counts, the more there is to pad: with
 # top-2 of eight experts, a router that always takes the same two pads fourfold. And beside the
-# larger products, the padded rows must be copied to their places and back. (Without slices, the two
-# ideas of section 7 are gone as well: in the layer of 128 experts the gain of slices contains
-# theirs.)
+# larger products, the padded rows must be copied to their places and back. (Without slices, the
+# small pieces of section 7 are gone as well: in the layer of 128 experts the gain of slices
+# contains theirs.)
 #
 # ### The way back is a look-up, too
 #
@@ -242,8 +244,7 @@ for name, row in models.items():
 # In the layer of 128 experts, each has about 16 rows. Its product is so small that the library's
 # preparations (it first copies the matrices into an order of its own) are a large part of the work.
 # Smaller pieces of the matrix skip these preparations (if the processor has AVX-512; kernels for
-# others prepare everything). And the threads share out whole experts instead of meeting in every
-# product: each takes the next expert when it is done with one.
+# others prepare everything).
 
 # %%
 few = (rng.standard_normal((64, 128)).astype("float32"), np.arange(0, 65, 16))  # 16 rows each
@@ -251,10 +252,30 @@ w_EIO = rng.standard_normal((4, 128, 512)).astype("float32")
 in_parts, _ = experts.grouped_linear_forward(few[0], w_EIO, tuple(few[1].tolist()))
 plainly = np.concatenate([few[0][16 * e : 16 * e + 16] @ w_EIO[e] for e in range(4)])
 print("equal to rounding:", np.allclose(in_parts, plainly, atol=1e-4))
-show("experts")
 show("few")
 
 # %% [markdown]
+# With two cores there is a choice again: they meet in every small product, or they share out whole
+# experts. Threads that do so wait for each other's Python after every product, and with so many
+# small ones that is often. So processes do it: this is **expert parallelism**. The caller routes
+# and dispatches; then each process runs the MLPs of its own experts, on the rows that were sent to
+# them, and puts down the results; the caller combines. Matrices, rows and gradients lie in memory
+# that the processes share. (Between machines, that share nothing, the rows travel: Lepikhin et al.
+# 2020, *GShard*.) The layer is told nothing of it, and no bit of its result depends on who ran an
+# expert.
+
+# %%
+if sys.platform == "linux":  # where processes can share memory
+    with expert_parallel.expert_parallel(params, rows=2 * len(x_NC), size=2) as shared:
+        together, *_ = layer.moe_forward(x_NC, shared, cfg)
+    print("equal to rounding:", np.allclose(together, y_NC, atol=1e-5))
+show("experts")
+show("parallel")
+
+# %% [markdown]
+# (The first gain contains the second. "To rounding", as a product that two threads share is rounded
+# in another way than one on a single thread.)
+#
 # What remains is the cost of the matrices themselves. An expert without tokens is not multiplied,
 # but its gradient is an array of zeros all the same, which must be written, and read by the
 # optimizer. `AdamW(skip_idle=True)` (`train --skip-idle`) leaves such experts alone, and says how
