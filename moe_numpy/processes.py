@@ -8,6 +8,7 @@ through pipes.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 import mmap
 import os
@@ -16,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 PATIENCE = 10.0  # seconds that a member has for its last answer
 AWAKE = 0.005  # seconds that a process waits before it goes to sleep
 
+_holders: contextvars.ContextVar[tuple[Any, ...]]
+_holders = contextvars.ContextVar("processes that hold parameters", default=())
+
 
 class Processes:
     """Processes at work between `with` and its end; the caller's own is the member of rank 0.
@@ -43,7 +47,7 @@ class Processes:
     advice = "Start them anew, fewer of them."
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.at_work = size, False
         self._lines: list[Connection] = []
 
     def __enter__(self) -> Any:
@@ -64,9 +68,11 @@ class Processes:
                 theirs.close()
                 end.callback(_dismiss, member, ours)
             self._end = end.pop_all()
+        self.at_work = True
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.at_work = False
         self._end.close()
 
     def _each(self, do: Callable[..., list], *arguments: Any) -> list:
@@ -128,6 +134,21 @@ def _dismiss(member: Any, line: Connection) -> None:
     if member.is_alive():
         member.kill()
         member.join()
+
+
+@contextlib.contextmanager
+def holding(crew: Any) -> Iterator[None]:
+    """Let `holder` find these processes within the block."""
+    before = _holders.set((crew, *_holders.get()))
+    try:
+        yield
+    finally:
+        _holders.reset(before)
+
+
+def holder(params: Any) -> Any:
+    """Find the processes that hold these parameters; None if none do."""
+    return next((crew for crew in _holders.get() if crew.holds(params)), None)
 
 
 def shared(size: int) -> np.ndarray:

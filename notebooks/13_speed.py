@@ -29,8 +29,9 @@ from moe_numpy.classroom import exercises_13, registry
 from moe_numpy.config import MoEConfig
 from moe_numpy.lab import bench, bench_pictures, bench_report, pictures
 from moe_numpy.lab.rich_get_richer import FIGURES
-from moe_numpy.moe import expert_parallel, experts, layer
+from moe_numpy.moe import experts, layer
 from moe_numpy.ops import activation, rows
+from moe_numpy.training import expert_parallel
 
 # %%
 rng = np.random.default_rng(0)

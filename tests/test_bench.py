@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_numpy import commands, config, files, ledger, machine, tree
+from moe_numpy import commands, config, files, ledger, machine, processes, tree
 from moe_numpy.backend import xp
 from moe_numpy.classroom import registry
 from moe_numpy.config import (
@@ -542,8 +542,8 @@ def test_processes_of_a_layer_compute_what_the_caller_does():
     with no_settling(), contextlib.ExitStack() as until_the_end, pytest.MonkeyPatch.context() as m:
         m.setattr(bench_work, "_until_the_end", until_the_end)
         alone, shared = (bench_work.build(spec | {"processes": n}).values() for n in (1, 2))
-        assert experts.elsewhere.get()
-    assert not experts.elsewhere.get()
+        assert processes._holders.get()
+    assert not processes._holders.get()
     for name, value in alone.items():
         assert value.tobytes() == shared[name].tobytes(), name
 
@@ -678,8 +678,8 @@ def worker(monkeypatch):
 
 @pytest.mark.parametrize("step", plain.TWINS)
 def test_the_twins_of_a_step_take_the_place_of_its_functions(worker, step):
-    for processes, threads in ((1, 2), (2, 1)):
-        spec = {"without": step, "work": "layer", "parts": 1, "processes": processes}
+    for size, threads in ((1, 2), (2, 1)):
+        spec = {"without": step, "work": "layer", "parts": 1, "processes": size}
         left = 1 if step == "slices" else threads  # its threads meet in the products
         built = worker.build(spec | {"workers": threads})
         assert built == spec | {"workers": left}

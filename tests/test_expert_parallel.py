@@ -15,7 +15,8 @@ import tiny
 
 from moe_numpy import processes, tree
 from moe_numpy.config import Capacity, Hierarchy, LearnedNoise, Shared, SoftSlots, SwitchLoss
-from moe_numpy.moe import expert_parallel, experts, layer, router
+from moe_numpy.moe import layer, router
+from moe_numpy.training import expert_parallel
 from moe_numpy.transformer import model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such processes")
@@ -53,7 +54,7 @@ def both_ways(x_NC, dy_NC, params, cfg, noise):
 def parallel(params, rows=2 * N, size=2):
     """Begin the block; yield the parameters and the processes."""
     with expert_parallel.expert_parallel(params, rows, size) as shared:
-        yield shared, experts.elsewhere.get()[0]
+        yield shared, processes._holders.get()[0]
 
 
 # ------------------------------------------------------------------------------------------- bits
@@ -135,10 +136,10 @@ def test_blocks_within_blocks_each_have_their_layer():
     other = layer.init_moe(1, cfg, C, "float32")
     alone = [both_ways(x_NC, dy_NC, p, cfg, None) for p in (params, other)]
     with parallel(params) as (first, _), parallel(other) as (second, _):
-        assert len(experts.elsewhere.get()) == 2
+        assert len(processes._holders.get()) == 2
         for shared, judge in zip((first, second, first), (*alone, alone[0]), strict=True):
             assert tiny.same_bits(judge, both_ways(x_NC, dy_NC, shared, cfg, None))
-    assert experts.elsewhere.get() == () and not multiprocessing.active_children()
+    assert processes._holders.get() == () and not multiprocessing.active_children()
 
 
 # ----------------------------------------------------------------------------------------- sharing
@@ -266,7 +267,7 @@ def test_the_end_of_a_member_is_told_and_leaves_nobody(monkeypatch):
     with pytest.raises(ChildProcessError, match=words):
         with parallel(params, size=3) as (shared, _):
             layer.moe_forward(x_NC, shared, cfg)
-    assert not multiprocessing.active_children() and experts.elsewhere.get() == ()
+    assert not multiprocessing.active_children() and processes._holders.get() == ()
 
 
 def test_a_backward_after_the_end_is_refused():

@@ -22,8 +22,8 @@ from moe_numpy import config, machine, tree
 from moe_numpy.config import ModelConfig, MoEConfig, TrainingConfig
 from moe_numpy.lab import bench_products, metrics
 from moe_numpy.lab.bench_process import Work, sketch
-from moe_numpy.moe import expert_parallel, layer, mlp
-from moe_numpy.training import data, loop, shards
+from moe_numpy.moe import layer, mlp
+from moe_numpy.training import data, expert_parallel, loop, shards
 from moe_numpy.transformer import generation, model
 
 COMPARED_STEPS = 2  # whose losses are compared, one update between; later, a near tie in the

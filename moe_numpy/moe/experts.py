@@ -6,15 +6,14 @@ an expert whose rows are padded.
 
 from __future__ import annotations
 
-import contextvars
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from numpy.random import Generator
 
-from moe_numpy import machine
+from moe_numpy import machine, processes
 from moe_numpy.backend import Array, Cache, few_launches, to_device, xp
 from moe_numpy.config import MoEConfig
 from moe_numpy.ops import activation
@@ -28,10 +27,6 @@ FEW = 32  # rows of an expert
 SMALL = 1_000_000  # multiplications of a small product,
 SMALL_RESULT = 1024  # or if its matrix is transposed: numbers of the result
 WIDE, NARROW = 64, 32  # columns (rows, of a gradient) in a part, and in one of a transposed matrix
-
-# Who may run the experts instead: the processes of `expert_parallel`.
-elsewhere: contextvars.ContextVar[tuple[Any, ...]]
-elsewhere = contextvars.ContextVar("processes that hold experts", default=())
 
 
 class ExpertParams(NamedTuple):
@@ -301,15 +296,16 @@ def experts_forward(
         y = act(x in) out    or, gated,    y = act(x in, x up) out
 
     "swiglu3" multiplies by a third branch, x third. All other products add a bias if there is one.
+    Within a block of `training.expert_parallel` its processes share the experts out.
 
     Shapes     x_RC (R, C), rows sorted by expert; offsets E + 1 integers -> y_RC (R, C)
     Cache      the caches of its parts: x once, and for each hidden unit of a row as many numbers as
                `ledger.LEFT` lists for its activation (2 for tanh GELU, 3 for SwiGLU)
     Source     Shazeer et al. 2017, section 3.2; gated: Jiang et al. 2024, Mixtral, section 2.1
     """
-    for crew in elsewhere.get():
-        if crew.holds(params):
-            return crew.forward(x_RC, params, cfg, offsets)
+    crew = processes.holder(params)
+    if crew is not None:
+        return crew.forward(x_RC, params, cfg, offsets)
     a_RF, in_cache = expert_linear_forward(x_RC, params.in_ECF, params.in_EF, offsets)  # 1. widen
     up_RF = up_cache = third_RF = third_cache = None
     if params.up_ECF is not None:
@@ -332,7 +328,7 @@ def experts_backward(
 
     Shapes     dy_RC (R, C) -> dx_RC (R, C), grads: those of matrices in new arrays, or in `room`
     """
-    if not isinstance(cache, tuple):  # it is held elsewhere
+    if not isinstance(cache, tuple):  # the processes hold it
         return cache.backward(dy_RC)
     in_cache, up_cache, third_cache, act_cache, out_cache = cache
     room = room or ExpertParams(None, None, None)

@@ -15,8 +15,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from moe_numpy import processes, tree
-from moe_numpy.backend import Array, Cache, xp
+from moe_numpy.backend import Array, Cache
 from moe_numpy.config import MoEConfig, rules
 from moe_numpy.moe import experts
 
@@ -54,13 +56,8 @@ def expert_parallel(params: tree.Tree, rows: int, size: int) -> Iterator[tree.Tr
     processes.require_possible(WHO, size)
     rules.whole_number(WHO, "rows", rows, 1)
     params = tree.in_one_block(params, processes.shared)
-    with _Crew(params, rows, size) as crew:
-        before = experts.elsewhere.set((crew, *experts.elsewhere.get()))
-        try:
-            yield params
-        finally:
-            experts.elsewhere.reset(before)
-            crew.at_work = False
+    with _Crew(params, rows, size) as crew, processes.holding(crew):
+        yield params
 
 
 class _Crew(processes.Processes):
@@ -88,7 +85,6 @@ class _Crew(processes.Processes):
         self.held: dict[int, tuple[Cache, slice, slice]] = {}
         self.freed: list[int] = []
         self.paces = [1.0 / size] * size
-        self.at_work = True
         self._numbers, self._lock = itertools.count(), threading.Lock()
 
     def holds(self, params: experts.ExpertParams) -> bool:
@@ -184,7 +180,7 @@ class _Room:
 
     def lend(self) -> experts.ExpertParams:
         """Show the gradients by arrays of their own, whose end can be seen."""
-        grads = tree.map(lambda array: xp.asarray(memoryview(array)), self.grads)
+        grads = tree.map(lambda array: np.asarray(memoryview(array)), self.grads)
         self._lent = [weakref.ref(array) for array in tree.leaves(grads)]
         return grads
 
@@ -244,10 +240,10 @@ def _cut(offsets: tuple[int, ...], paces: list[float]) -> tuple[list[int], list[
                shares      of the work that they are
     """
     E = len(offsets) - 1
-    work = xp.asarray(offsets) + MATRICES * xp.arange(E + 1)  # of all experts before
-    wanted = work[-1] * xp.cumsum(xp.asarray([0.0, *paces]))
+    work = np.asarray(offsets) + MATRICES * np.arange(E + 1)  # of all experts before
+    wanted = work[-1] * np.cumsum(np.asarray([0.0, *paces]))
     bounds = abs(work[:, None] - wanted).argmin(0)
-    return bounds.tolist(), (xp.diff(work[bounds]) / work[-1]).tolist()
+    return bounds.tolist(), (np.diff(work[bounds]) / work[-1]).tolist()
 
 
 def _layers(params: tree.Tree) -> Iterator[experts.ExpertParams]:
