@@ -40,14 +40,14 @@ class Processes:
     """Processes at work between `with` and its end; the caller's own is the member of rank 0.
 
     A member has the program and all data as they were when the block began. What else its work
-    needs of the caller is sent to it.
+    needs of the caller is sent to it; so are NumPy's settings of floating-point errors.
     """
 
     who = "processes"
     advice = "Start them anew, fewer of them."
 
     def __init__(self, size: int) -> None:
-        self.size, self.at_work = size, False
+        self.size, self.at_work, self._caller = size, False, os.getpid()
         self._lines: list[Connection] = []
 
     def __enter__(self) -> Any:
@@ -75,16 +75,22 @@ class Processes:
         self.at_work = False
         self._end.close()
 
+    def is_caller(self) -> bool:
+        """Tell whether this is the process whose members are at work, not one forked beside."""
+        return self.at_work and os.getpid() == self._caller
+
     def _each(self, do: Callable[..., list], *arguments: Any) -> list:
         """Let every member do its share: list the results, which are dealt to them in turns.
 
         Raises     what a member raised; ChildProcessError if one ended
         """
         try:
+            order = (do, arguments, np.geterr())
             for line in self._lines:
-                line.send((do, arguments))
+                line.send(order)
             found = [_attempt(do, self, 0, arguments), *map(_receive, self._lines)]
         except BaseException as problem:
+            self.at_work = False
             for line in self._lines:  # a late answer must not be taken for that of the next call
                 line.close()
             if not isinstance(problem, EOFError | OSError):
@@ -107,9 +113,10 @@ def _serve(team: Processes, rank: int, line: Connection) -> None:
     for other in team._lines:  # which this process inherited, and whose end it would hide
         other.close()
     with contextlib.suppress(EOFError, OSError):
-        while True:
-            do, arguments = _receive(line)
-            line.send(_attempt(do, team, rank, arguments))
+        while (order := _receive(line)) is not None:
+            do, arguments, settings = order
+            with np.errstate(**settings):
+                line.send(_attempt(do, team, rank, arguments))
 
 
 def _receive(line: Connection) -> Any:
@@ -129,6 +136,8 @@ def _attempt(do: Callable[..., list], team: Processes, rank: int, arguments: tup
 
 
 def _dismiss(member: Any, line: Connection) -> None:
+    with contextlib.suppress(OSError):
+        line.send(None)  # a mere close is not seen where another process has the line, too
     line.close()
     member.join(PATIENCE)
     if member.is_alive():
@@ -158,7 +167,7 @@ def shared(size: int) -> np.ndarray:
     """
     try:
         return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
-    except OSError:
+    except (OSError, OverflowError):
         wanted = f"{size / 2**20:.1f} MiB that processes share"
         raise MemoryError(f"Unable to allocate {wanted}") from None
 

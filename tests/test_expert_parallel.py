@@ -2,21 +2,31 @@
 
 import contextlib
 import contextvars
+import copy
 import gc
 import multiprocessing
 import os
 import signal
 import sys
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import tiny
 
-from moe_numpy import processes, tree
-from moe_numpy.config import Capacity, Hierarchy, LearnedNoise, Shared, SoftSlots, SwitchLoss
-from moe_numpy.moe import layer, router
-from moe_numpy.training import expert_parallel
+from moe_numpy import machine, processes, tree
+from moe_numpy.config import (
+    Capacity,
+    ExpertChoice,
+    Hierarchy,
+    LearnedNoise,
+    Shared,
+    SoftSlots,
+    SwitchLoss,
+)
+from moe_numpy.moe import experts, layer, router
+from moe_numpy.training import expert_parallel, shards
 from moe_numpy.transformer import model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such processes")
@@ -169,7 +179,7 @@ def test_a_slow_member_gets_less_work_and_an_idle_one_gets_some_again():
 
 
 def _who(crew, rank):
-    return [(os.getpid(), len(crew.held))]
+    return [(os.getpid(), len(crew.kept))]
 
 
 def test_every_member_keeps_its_part_of_a_cache_as_long_as_the_caller_keeps_the_cache():
@@ -187,51 +197,88 @@ def test_every_member_keeps_its_part_of_a_cache_as_long_as_the_caller_keeps_the_
             del found
         del first, second, cache
         gc.collect()
-        *_, last = forward()  # who is told with the next message
+        assert len(crew.kept) == 0
+        *_, last = forward()  # the others are told with the next order
         assert [held for _, held in crew._each(_who)] == [1, 1]
-        assert last is not None
+        *_, fourth = forward()
+        del last
+        gc.collect()
+        layer.moe_backward(dy_NC, np.ones_like(aux), fourth)
+        assert [held for _, held in crew._each(_who)] == [1, 1]
 
 
-def test_gradients_that_are_held_are_not_written_again():
+@pytest.mark.parametrize("leaf", [0, -1])
+def test_gradients_that_are_held_are_not_written_again(leaf):
+    cfg = tiny.moe(expert_bias=True)
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    alone = [both_ways(x, dy_NC, params, cfg, None)[-1] for x in (x_NC, 2 * x_NC)]
+    with parallel(params) as (shared, crew):
+        backward = lambda x: both_ways(x, dy_NC, shared, cfg, None)[-1]  # noqa: E731
+        lent = lambda: [room.is_lent() for room in crew.rooms[0]]  # noqa: E731
+        kept = [backward((1 + i % 2) * x_NC) for i in range(6)]  # more than there are rooms
+        assert all(tiny.same_bits(grads, alone[i % 2]) for i, grads in enumerate(kept))
+        assert lent() == [True, True, False]
+        view = tree.leaves(kept[0].experts)[leaf][1:2]
+        before = view.copy()
+        del kept
+        assert lent() == [True, False, False]
+        for _ in range(3):
+            total = backward(2 * x_NC)
+        assert view.tobytes() == before.tobytes() and tiny.same_bits(total, alone[1])
+        del view
+        assert lent() == [False, True, False]
+
+
+def test_gradients_of_a_backward_that_failed_leave_room(monkeypatch):
     cfg = tiny.moe()
     x_NC, dy_NC, params, _ = drawn(cfg)
-    with parallel(params) as (shared, _):
-        backward = lambda: both_ways(x_NC, dy_NC, shared, cfg, None)[-1]  # noqa: E731
-        kept = backward()
-        copy, view = tree.map(np.copy, kept), kept.experts.in_ECF[1:2]
-        x_NC *= 2
-        later = backward()
-        assert tiny.same_bits(kept, copy) and (later.experts.in_ECF != kept.experts.in_ECF).any()
-        with pytest.raises(ValueError, match="at most 2 gradients of a layer may be held"):
-            backward()
-        del kept
-        with pytest.raises(ValueError, match="one more"):
-            backward()  # a view of one array is left
-        assert (view == copy.experts.in_ECF[1:2]).all()
-        del view
-        assert tiny.same_bits(backward(), later)
-        for _ in range(5):
-            later = backward()
+    with parallel(params) as (shared, crew):
+        _, aux, _, cache = layer.moe_forward(x_NC, shared, cfg)
+        stored = []
+        with monkeypatch.context() as patch:
+            patch.setattr(expert_parallel, "_undo", _fail)
+            for _ in range(4):
+                with pytest.raises(MemoryError) as problem:
+                    layer.moe_backward(dy_NC, np.ones_like(aux), cache)
+                stored.append(problem.value)
+        assert not any(room.is_lent() for room in crew.rooms[0]) and len(stored) == 4
+
+
+def test_shards_on_threads_take_turns_and_have_their_own_gradients():
+    cfg, B = tiny.model(tiny.moe(), layers=2), 8
+    rng = np.random.default_rng(0)
+    token_BT, target_BT = rng.integers(0, cfg.vocab_size, (2, B, 16))
+    params = model.init_model(rng, cfg)
+    with machine.workers(1):
+        judge = shards.gradients(token_BT, target_BT, params, cfg, shards=4)
+    with parallel(params) as (shared, _), ThreadPoolExecutor(1) as pool, machine.sharing(pool, 2):
+        found = shards.gradients(token_BT, target_BT, shared, cfg, shards=4)
+    assert tiny.same_bits(judge[1], found[1])
 
 
 def test_threads_of_the_caller_take_turns():
     cfg = tiny.moe()
-    x_NC, _, params, _ = drawn(cfg)
-    judge = layer.moe_forward(x_NC, params, cfg)[0]
-    with parallel(params) as (shared, _):
-        found = []
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    xs = [(1 + i) * x_NC for i in range(4)]
+    judges = [both_ways(x, dy_NC, params, cfg, None) for x in xs]
+    right = []
 
-        def work():
-            found.extend(layer.moe_forward(x_NC, shared, cfg)[0] for _ in range(20))
+    def work(x, judge):
+        for _ in range(30):
+            right.append(tiny.same_bits(judge, both_ways(x, dy_NC, shared, cfg, None)))
 
-        threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(work,)) for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(found) == 80 and all(tiny.same_bits(judge, y_NC) for y_NC in found)
+    pause = sys.getswitchinterval()
+    with parallel(params) as (shared, _), ThreadPoolExecutor(4) as pool:
+        sys.setswitchinterval(1e-5)
+        try:
+            run = [contextvars.copy_context().run for _ in xs]
+            for done in [
+                pool.submit(*job) for job in zip(run, [work] * 4, xs, judges, strict=True)
+            ]:
+                done.result()
+        finally:
+            sys.setswitchinterval(pause)
+    assert len(right) == 120
 
 
 # ------------------------------------------------------------------------------------ end, refusals
@@ -270,13 +317,91 @@ def test_the_end_of_a_member_is_told_and_leaves_nobody(monkeypatch):
     assert not multiprocessing.active_children() and processes._holders.get() == ()
 
 
-def test_a_backward_after_the_end_is_refused():
+def test_after_the_end_the_caller_computes_alone_but_an_old_cache_is_of_no_use():
     cfg = tiny.moe()
     x_NC, dy_NC, params, _ = drawn(cfg)
+    alone = both_ways(x_NC, dy_NC, params, cfg, None)
     with parallel(params) as (shared, _):
         _, aux, _, cache = layer.moe_forward(x_NC, shared, cfg)
-    with pytest.raises(ValueError, match="a backward must come before the block ends"):
+        within = contextvars.copy_context()
+    with pytest.raises(ValueError, match="its processes must be at work, got their end"):
         layer.moe_backward(dy_NC, np.ones_like(aux), cache)
+    assert tiny.same_bits(alone, within.run(both_ways, x_NC, dy_NC, shared, cfg, None))
+
+
+def _interrupt(crew, rank, *_):
+    if rank == 0:
+        raise KeyboardInterrupt
+    return [0.0]
+
+
+def test_after_an_interrupt_the_caller_computes_alone(monkeypatch):
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    alone = both_ways(x_NC, dy_NC, params, cfg, None)
+    with parallel(params) as (shared, crew):
+        with monkeypatch.context() as patch:
+            patch.setattr(expert_parallel, "_run", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                layer.moe_forward(x_NC, shared, cfg)
+        assert not crew.at_work
+        assert tiny.same_bits(alone, both_ways(x_NC, dy_NC, shared, cfg, None))
+
+
+def test_a_process_that_is_forked_within_the_block_computes_alone_and_delays_no_end():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    judges = [both_ways(x, dy_NC, params, cfg, None) for x in (x_NC, 2 * x_NC)]
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+
+    def other():
+        same = [tiny.same_bits(judges[1], both_ways(2 * x_NC, dy_NC, shared, cfg, None))] * 50
+        theirs.send(all(same))
+        theirs.recv()  # and has all lines of the block until it is told
+
+    with parallel(params) as (shared, _):
+        process = fork.Process(target=other, daemon=True)
+        process.start()
+        for _ in range(50):
+            assert tiny.same_bits(judges[0], both_ways(x_NC, dy_NC, shared, cfg, None))
+        assert ours.poll(30) and ours.recv()
+        started = time.monotonic()
+    assert time.monotonic() - started < processes.PATIENCE / 2
+    ours.send("done")
+    process.join()
+
+
+def test_numpys_settings_hold_in_the_members_too():
+    cfg = tiny.moe()
+    x_NC, _, params, _ = drawn(cfg)
+    params.experts.in_ECF[2:] = np.inf  # of experts that the last member runs
+    with parallel(params) as (shared, crew):
+        crew.paces = [0.5, 0.5]
+        with np.errstate(all="raise"), pytest.raises(FloatingPointError):
+            layer.moe_forward(x_NC, shared, cfg)
+
+
+def test_a_cache_cannot_be_copied():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    alone = both_ways(x_NC, dy_NC, params, cfg, None)
+    with parallel(params) as (shared, _):
+        *_, cache = layer.moe_forward(x_NC, shared, cfg)
+        with pytest.raises(TypeError, match="expert_parallel: a cache of the block can neither"):
+            copy.deepcopy(cache)
+        assert tiny.same_bits(alone, both_ways(x_NC, dy_NC, shared, cfg, None))
+
+
+def test_rows_that_do_not_fit_are_refused_and_not_converted():
+    cfg = tiny.moe()
+    _, _, params, _ = drawn(cfg)
+    offsets = (0, 2, 4, 6, 8)
+    with parallel(params) as (shared, _):
+        for dy_RC in (np.ones((1, C), "f"), np.ones((8, C))):
+            _, cache = experts.experts_forward(np.ones((8, C), "f"), shared.experts, cfg, offsets)
+            with pytest.raises(ValueError, match=r"the rows must be \(8, 16\) of float32, got"):
+                experts.experts_backward(dy_RC, cache)
 
 
 def test_more_rows_than_there_is_room_for_are_refused():
@@ -303,6 +428,28 @@ def test_impossible_numbers_are_refused(rows, size, words):
     _, _, params, _ = drawn(tiny.moe())
     with pytest.raises(ValueError, match=words), parallel(params, rows, size):
         pass
+
+
+def test_layers_of_several_types_are_refused_and_of_several_widths_are_not():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    with pytest.raises(
+        ValueError, match="all experts must be of one type, got float32 and float64"
+    ):
+        with parallel((params, drawn(cfg, "float64")[2])):
+            pass
+    narrow = layer.init_moe(0, cfg, C // 2, "float32")
+    with parallel((narrow, params)) as ((_, shared), _):
+        judge = both_ways(x_NC, dy_NC, params, cfg, None)
+        assert tiny.same_bits(judge, both_ways(x_NC, dy_NC, shared, cfg, None))
+
+
+def test_the_rows_of_expert_choice_are_rounded_up_to_a_multiple_of_the_experts():
+    cfg = tiny.moe(selection=ExpertChoice())
+    x_NC, dy_NC, params, _ = drawn(cfg, tokens=47)
+    judge = both_ways(x_NC, dy_NC, params, cfg, None)
+    with parallel(params, rows=96) as (shared, _):  # 2 * 47, rounded up
+        assert tiny.same_bits(judge, both_ways(x_NC, dy_NC, shared, cfg, None))
 
 
 def test_parameters_without_experts_and_other_systems_are_refused(monkeypatch):

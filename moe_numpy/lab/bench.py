@@ -52,13 +52,18 @@ class Plan(NamedTuple):
         return math.gcd(bench_work.training().batch, self.threads)
 
     @property
-    def processes(self) -> int:
-        """Processes that share out the shards of a step: one for each, where they can be.
+    def family(self) -> int:
+        """Processes that share out a layer: one for each thread, where they can be.
 
         Without threadpoolctl each would multiply on as many threads as all are to have.
         """
         possible = sys.platform == "linux" and machine.can_limit_products()
-        return self.shards if possible else 1
+        return self.threads if possible else 1
+
+    @property
+    def processes(self) -> int:
+        """Processes that share out the shards of a step: one for each, where they can be."""
+        return min(self.shards, self.family)
 
     def rivals(self, name: str) -> list[tuple[str, str, bool]]:
         """List those of `RIVALS` that are installed."""
@@ -292,7 +297,7 @@ def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     name = f"layer of {experts} experts"
     report(f"steps of speed, {name}")
     moe = MoEConfig(num_experts=experts, top_k=2, hidden=512)
-    possible = {"experts": plan.threads, "parallel": plan.processes}
+    possible = {"experts": plan.threads, "parallel": plan.family}
     steps = [step for step in OF_A_LAYER if possible.get(step, 2) > 1]
     tokens = 8 * experts
     yield {"name": name, **_taken_back(plan, _our_layer(plan, moe, tokens), steps)}
@@ -377,8 +382,8 @@ def _split(plan: Plan, moe: MoEConfig, tokens: int) -> dict[str, int]:
     large = WIDTH * moe.hidden >= machine.WORTH_A_THREAD
     if rows >= (ROWS_TO_SPLIT if large else FEW_ROWS):
         return {"parts": plan.threads, "workers": plan.threads, "processes": 1}
-    if large and plan.processes > 1:
-        return {"parts": 1, "workers": 1, "processes": plan.threads}
+    if large and plan.family > 1:
+        return {"parts": 1, "workers": 1, "processes": plan.family}
     return {"parts": 1, "workers": plan.threads if large else 1, "processes": 1}
 
 

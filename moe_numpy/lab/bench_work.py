@@ -2,9 +2,9 @@
 
 With two threads a batch is split into two shards, each in a process of its own where processes can
 share memory, as `loop.train` does it. The tokens of a layer are split for two threads with matrix
-products of their own; or the threads share out the experts of a layer that has many, or, if those
-are small, meet in each product. Nothing here has a capacity or a balance term, of which each shard
-would have its own; so the shards compute the function of the whole batch.
+products of their own; or processes share out the experts of a layer that has many; or, if those are
+small, threads meet in each product. Nothing here has a capacity or a balance term, of which each
+shard would have its own; so the shards compute the function of the whole batch.
 """
 
 from __future__ import annotations

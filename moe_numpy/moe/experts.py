@@ -304,7 +304,7 @@ def experts_forward(
     Source     Shazeer et al. 2017, section 3.2; gated: Jiang et al. 2024, Mixtral, section 2.1
     """
     crew = processes.holder(params)
-    if crew is not None:
+    if crew is not None:  # 0. elsewhere
         return crew.forward(x_RC, params, cfg, offsets)
     a_RF, in_cache = expert_linear_forward(x_RC, params.in_ECF, params.in_EF, offsets)  # 1. widen
     up_RF = up_cache = third_RF = third_cache = None
@@ -327,8 +327,9 @@ def experts_backward(
     """Undo `experts_forward` part by part; every branch has read x, so their gradients add up.
 
     Shapes     dy_RC (R, C) -> dx_RC (R, C), grads: those of matrices in new arrays, or in `room`
+               (that of `expert_parallel`, whose processes share it)
     """
-    if not isinstance(cache, tuple):  # the processes hold it
+    if not isinstance(cache, tuple):  # a ticket of `expert_parallel`
         return cache.backward(dy_RC)
     in_cache, up_cache, third_cache, act_cache, out_cache = cache
     room = room or ExpertParams(None, None, None)

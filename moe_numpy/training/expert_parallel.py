@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,37 +24,44 @@ from moe_numpy.moe import experts
 
 WHO = "expert_parallel"
 MATRICES = 8  # rows that an expert can multiply in the time that its matrices take to arrive
-ROOMS = 2  # gradients of a layer that may be there at once: the last ones, while new ones are made
+ROOMS = 3  # for gradients of a layer; those in the last free one are copied
 
 
 @contextlib.contextmanager
 def expert_parallel(params: tree.Tree, rows: int, size: int) -> Iterator[tree.Tree]:
     """Let `size` processes share out the experts within the block: yield the parameters for it.
 
-    Within the block the layers that are given these parameters, to their forward and backward,
-    share their experts out by themselves.
+    Within the block the layers that are given these parameters share their experts out by
+    themselves, in their forward and in its backward. Generation does not, nor do the processes of a
+    team, which have parameters of their own; nor do layers that are given other arrays.
 
     Parameters
     ----------
     params : parameters of one layer, or of anything that has such layers, as a model
-    rows : the most that the experts of a layer are sent at once: tokens * top_k, or all soft slots
-    size : number of processes, the caller's among them, each with matrix products on one thread
+    rows : the most that the experts of a layer are sent at once, evaluation included: tokens *
+        top_k, with expert choice rounded up to a multiple of the experts; or all soft slots
+    size : number of processes, the caller's among them
 
     Yields
     ------
     params
-        the same numbers in memory that the processes share. What writes to them is seen by all;
-        a layer with other arrays in their place is computed by the caller alone.
+        a copy in memory that the processes share: what writes to it is seen by all. The bits of a
+        layer are those of matrix products on one thread. Until the block ends, the caller's other
+        products have one thread, too, and `machine.workers` share nothing out.
 
     Raises
     ------
     ValueError
-        If there are fewer than two processes, no rows or no experts, or the system cannot share
-        memory; within the block, if a layer sends more rows, or if the gradients of one layer from
-        more than two backwards are held: they lie in memory that is used in turns.
+        If there are fewer than two processes, no rows, no experts or parameters of several types,
+        or the system cannot share memory; within the block, if a layer sends more rows.
     """
     processes.require_possible(WHO, size)
     rules.whole_number(WHO, "rows", rows, 1)
+    types = sorted({str(leaf.dtype) for layer in _layers(params) for leaf in tree.leaves(layer)})
+    rule, advice = "the parameters must have experts", "Pass those of an MoE layer or a model."
+    rules.require(bool(types), WHO, rule, "none", advice)
+    rule, advice = "all experts must be of one type", "Draw them anew."
+    rules.require(len(types) == 1, WHO, rule, " and ".join(types), advice)
     params = tree.in_one_block(params, processes.shared)
     with _Crew(params, rows, size) as crew, processes.holding(crew):
         yield params
@@ -63,9 +70,9 @@ def expert_parallel(params: tree.Tree, rows: int, size: int) -> Iterator[tree.Tr
 class _Crew(processes.Processes):
     """Processes that hold the experts of some layers.
 
-    held       the caches that this process holds, by number, each with its experts and their rows
+    kept       the caches of this process by number, each with its experts and their rows
     freed      numbers of the caches that nobody needs any more
-    paces      shares of the work that the members do in the same time; it adds up to one
+    paces      shares of the work that the members do in the same time; they add up to one
     """
 
     who = WHO
@@ -73,61 +80,69 @@ class _Crew(processes.Processes):
 
     def __init__(self, params: tree.Tree, rows: int, size: int) -> None:
         super().__init__(size)
-        self.layers = list(_layers(params))
-        rule, advice = "the parameters must have experts", "Pass those of an MoE layer or a model."
-        rules.require(bool(self.layers), WHO, rule, "none", advice)
-        self.rows, width = rows, max(layer.in_ECF.shape[1] for layer in self.layers)
+        self.layers, self.rows = list(_layers(params)), rows
+        width = max(layer.in_ECF.shape[1] for layer in self.layers)
         like = self.layers[0].in_ECF
-        self._tables = [
-            processes.shared(rows * width * like.itemsize).view(like.dtype) for _ in range(2)
-        ]
+        self._table = processes.shared(rows * width * like.itemsize).view(like.dtype)
         self.rooms = [[_Room(layer) for _ in range(ROOMS)] for layer in self.layers]
-        self.held: dict[int, tuple[Cache, slice, slice]] = {}
+        self.kept: dict[int, tuple[Cache | None, slice, slice]] = {}
         self.freed: list[int] = []
         self.paces = [1.0 / size] * size
-        self._numbers, self._lock = itertools.count(), threading.Lock()
+        self._numbers, self._lock = itertools.count(), threading.RLock()
+
+    def __exit__(self, *problem: object) -> None:
+        with self._lock:  # another thread of the caller may be in the middle of a layer
+            self.at_work = False
+        super().__exit__(*problem)
 
     def holds(self, params: experts.ExpertParams) -> bool:
-        """Tell whether these arrays are those of one of the layers."""
-        return self._find(params) is not None
+        """Tell whether this process may ask the others for the experts with these arrays."""
+        return self.is_caller() and self._find(params) is not None
 
     def forward(
         self, x_RC: Array, params: experts.ExpertParams, cfg: MoEConfig, offsets: tuple[int, ...]
-    ) -> tuple[Array, _Held]:
-        """Do what `experts_forward` does; the cache stands for those of the members."""
+    ) -> tuple[Array, _Ticket]:
+        """Do what `experts_forward` does; the cache is a ticket for those of the members."""
         rule, advice = f"a layer must send at most {self.rows} rows", "Begin the block with more."
         rules.require(len(x_RC) <= self.rows, WHO, rule, f"{len(x_RC)}", advice)
         bounds, shares = _cut(offsets, self.paces)
-        held = _Held(self, next(self._numbers), self._find(params), x_RC.shape, shares)
-        return self._exchange(_run, held, x_RC, cfg, offsets, bounds), held
+        ticket = _Ticket(self, next(self._numbers), self._find(params), x_RC.shape, shares)
+        return self._exchange(_run, ticket, x_RC, cfg, offsets, bounds), ticket
 
-    def backward(self, dy_RC: Array, held: _Held) -> tuple[Array, experts.ExpertParams]:
+    def backward(self, dy_RC: Array, ticket: _Ticket) -> tuple[Array, experts.ExpertParams]:
         """Do what `experts_backward` does."""
-        rule, advice = "a backward must come before the block ends", "Move it there."
-        rules.require(self.at_work, WHO, rule, "one after it", advice)
-        rooms = self.rooms[held.layer]
+        rooms = self.rooms[ticket.layer]
         with self._lock:
-            free = [at for at, room in enumerate(rooms) if not room.is_lent()]
-            rule, advice = f"at most {ROOMS} gradients of a layer may be held", "Copy them before."
-            rules.require(bool(free), WHO, rule, "one more", advice)
-            grads = rooms[free[0]].lend()
-        return self._exchange(_undo, held, dy_RC, free[0]), grads
+            first, *others = [at for at, room in enumerate(rooms) if not room.is_lent()]
+            dx_RC = self._exchange(_undo, ticket, dy_RC, first)
+            if others:
+                return dx_RC, rooms[first].lend()
+            return dx_RC, tree.map(np.copy, rooms[first].grads)
 
-    def tables(self, shape: tuple[int, int]) -> list[Array]:
-        """Show the two tables of rows: that of the caller, and that of the members."""
-        R, C = shape
-        return [table[: R * C].reshape(R, C) for table in self._tables]
+    def table(self, order: _Order) -> Array:
+        """Forget what is freed; show the rows (R, C) that the members read, and write over."""
+        for number in order.freed:
+            self.kept.pop(number, None)
+        R, C = order.shape
+        return self._table[: R * C].reshape(R, C)
 
-    def _exchange(self, do: Callable[..., list], held: _Held, sent_RC: Array, *more: Any) -> Array:
-        """Put rows down for the members, let them work, and copy what they have put down."""
+    def _exchange(
+        self, do: Callable[..., list], ticket: _Ticket, rows_RC: Array, *more: Any
+    ) -> Any:
+        """Put rows down for the members, let them work, and copy what they put in their place."""
         with self._lock:
-            there_RC, back_RC = self.tables(held.shape)
-            there_RC[...] = sent_RC
+            rule, got = "its processes must be at work", "their end, or that of the block"
+            rules.require(self.at_work, WHO, rule, got, "Begin the block anew.")
             freed = [self.freed.pop() for _ in range(len(self.freed))]
+            order = _Order(freed, ticket.number, ticket.layer, ticket.shape)
+            table_RC = self.table(order)
+            came, wanted = (f"{a.shape} of {a.dtype}" for a in (rows_RC, table_RC))
+            rules.require(came == wanted, WHO, f"the rows must be {wanted}", came, "Convert them.")
+            table_RC[...] = rows_RC
             begun = time.perf_counter()
-            ends = self._each(do, freed, held.number, held.layer, held.shape, *more)
-            self._learn([end - begun for end in ends], held.shares)
-            return back_RC.copy()
+            ends = self._each(do, order, *more)
+            self._learn([end - begun for end in ends], ticket.shares)
+            return table_RC.copy()
 
     def _learn(self, seconds: list[float], shares: list[float]) -> None:
         """Give less work the next time to a member that the others had to wait for."""
@@ -145,14 +160,14 @@ class _Crew(processes.Processes):
         return None
 
 
-class _Held:
-    """Stands for a cache whose parts the members hold as long as this lives."""
+class _Ticket:
+    """Stands for a cache, whose parts the members keep as long as this lives."""
 
     def __init__(
         self,
         crew: _Crew,
         number: int,
-        layer: int,
+        layer: int | None,
         shape: tuple[int, int],
         shares: list[float],
     ) -> None:
@@ -160,11 +175,24 @@ class _Held:
         self.shape, self.shares = shape, shares
 
     def __del__(self) -> None:
-        self.crew.freed.append(self.number)
+        self.crew.kept.pop(self.number, None)
+        self.crew.freed.append(self.number)  # which the others are told with the next order
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{WHO}: a cache of the block can neither be copied nor written down.")
 
     def backward(self, dy_RC: Array) -> tuple[Array, experts.ExpertParams]:
         """Do what `experts_backward` does."""
         return self.crew.backward(dy_RC, self)
+
+
+class _Order(NamedTuple):
+    """What the members are told in any case."""
+
+    freed: list[int]
+    number: int
+    layer: int
+    shape: tuple[int, int]
 
 
 class _Room:
@@ -188,45 +216,31 @@ class _Room:
 def _run(
     crew: _Crew,
     rank: int,
-    freed: list[int],
-    number: int,
-    layer: int,
-    shape: tuple[int, int],
+    order: _Order,
     cfg: MoEConfig,
     offsets: tuple[int, ...],
     bounds: list[int],
-) -> list:
-    """Run the experts of this member; keep their cache."""
-    for old in freed:
-        crew.held.pop(old, None)
+) -> list[float]:
+    """Run the experts of this member and keep their cache; tell when it was done."""
+    table_RC, cache = crew.table(order), None
     start, end = bounds[rank : rank + 2]
     own, rows = slice(start, end), slice(offsets[start], offsets[end])
     if end > start:
-        there_RC, back_RC = crew.tables(shape)
-        params = tree.map(lambda array: array[own], crew.layers[layer])
+        params = tree.map(lambda array: array[own], crew.layers[order.layer])
         shifted = tuple(at - rows.start for at in offsets[start : end + 1])
-        back_RC[rows], cache = experts.experts_forward(there_RC[rows].copy(), params, cfg, shifted)
-        crew.held[number] = (cache, own, rows)
+        x_RC = table_RC[rows].copy()  # which the cache keeps
+        table_RC[rows], cache = experts.experts_forward(x_RC, params, cfg, shifted)
+    crew.kept[order.number] = (cache, own, rows)
     return [time.perf_counter()]
 
 
-def _undo(
-    crew: _Crew,
-    rank: int,
-    freed: list[int],
-    number: int,
-    layer: int,
-    shape: tuple[int, int],
-    room: int,
-) -> list:
-    """Undo `_run` for the experts of this member."""
-    for old in freed:
-        crew.held.pop(old, None)
-    if number in crew.held:
-        cache, own, rows = crew.held[number]
-        there_RC, back_RC = crew.tables(shape)
-        grads = tree.map(lambda array: array[own], crew.rooms[layer][room].grads)
-        back_RC[rows], found = experts.experts_backward(there_RC[rows], cache, grads)
+def _undo(crew: _Crew, rank: int, order: _Order, room: int) -> list[float]:
+    """Undo `_run`, with the gradients in one of the rooms of the layer."""
+    table_RC = crew.table(order)
+    cache, own, rows = crew.kept[order.number]
+    if cache is not None:
+        grads = tree.map(lambda array: array[own], crew.rooms[order.layer][room].grads)
+        table_RC[rows], found = experts.experts_backward(table_RC[rows], cache, grads)
         for place, array in zip(tree.leaves(grads), tree.leaves(found), strict=True):
             if array is not place:  # one of biases
                 place[...] = array
@@ -241,7 +255,7 @@ def _cut(offsets: tuple[int, ...], paces: list[float]) -> tuple[list[int], list[
     """
     E = len(offsets) - 1
     work = np.asarray(offsets) + MATRICES * np.arange(E + 1)  # of all experts before
-    wanted = work[-1] * np.cumsum(np.asarray([0.0, *paces]))
+    wanted = work[-1] * np.cumsum([0.0, *paces])
     bounds = abs(work[:, None] - wanted).argmin(0)
     return bounds.tolist(), (np.diff(work[bounds]) / work[-1]).tolist()
 
