@@ -372,14 +372,16 @@ def test_a_process_that_is_forked_within_the_block_computes_alone_and_delays_no_
     process.join()
 
 
+def _settings(crew, rank):
+    return [np.geterr()["over"]]
+
+
 def test_numpys_settings_hold_in_the_members_too():
-    cfg = tiny.moe()
-    x_NC, _, params, _ = drawn(cfg)
-    params.experts.in_ECF[2:] = np.inf  # of experts that the last member runs
-    with parallel(params) as (shared, crew):
-        crew.paces = [0.5, 0.5]
-        with np.errstate(all="raise"), pytest.raises(FloatingPointError):
-            layer.moe_forward(x_NC, shared, cfg)
+    _, _, params, _ = drawn(tiny.moe())
+    with parallel(params, size=3) as (_, crew):
+        for setting in ("raise", "ignore"):
+            with np.errstate(over=setting):
+                assert crew._each(_settings) == [setting] * 3
 
 
 def test_a_cache_cannot_be_copied():
