@@ -296,7 +296,8 @@ def experts_forward(
         y = act(x in) out    or, gated,    y = act(x in, x up) out
 
     "swiglu3" multiplies by a third branch, x third. All other products add a bias if there is one.
-    Within a block of `training.expert_parallel` its processes share the experts out.
+    Within a block of `training.expert_parallel` its processes share the experts out and keep the
+    caches.
 
     Shapes     x_RC (R, C), rows sorted by expert; offsets E + 1 integers -> y_RC (R, C)
     Cache      the caches of its parts: x once, and for each hidden unit of a row as many numbers as
