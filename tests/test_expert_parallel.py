@@ -178,6 +178,18 @@ def test_a_slow_member_gets_less_work_and_an_idle_one_gets_some_again():
         assert np.allclose(crew.paces, 0.5, atol=1e-3)
 
 
+def test_both_ways_teach_the_paces_by_the_work_and_the_time_of_every_member(monkeypatch):
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    with parallel(params) as (shared, crew):
+        seen, crew.paces = [], [0.8, 0.2]
+        monkeypatch.setattr(crew, "_learn", lambda *lesson: seen.append(lesson))
+        both_ways(x_NC, dy_NC, shared, cfg, None)
+    (forward, shares), (backward, again) = seen
+    assert shares == again and shares[0] > 0.6 and sum(shares) == pytest.approx(1.0)
+    assert all(0.0 < seconds < 60.0 for seconds in (*forward, *backward))
+
+
 def _who(crew, rank):
     return [(os.getpid(), len(crew.kept))]
 
@@ -356,8 +368,9 @@ def test_a_process_that_is_forked_within_the_block_computes_alone_and_delays_no_
     ours, theirs = fork.Pipe()
 
     def other():
-        same = [tiny.same_bits(judges[1], both_ways(2 * x_NC, dy_NC, shared, cfg, None))] * 50
-        theirs.send(all(same))
+        for _ in range(50):
+            assert tiny.same_bits(judges[1], both_ways(2 * x_NC, dy_NC, shared, cfg, None))
+        theirs.send("right")
         theirs.recv()  # and has all lines of the block until it is told
 
     with parallel(params) as (shared, _):
@@ -365,7 +378,7 @@ def test_a_process_that_is_forked_within_the_block_computes_alone_and_delays_no_
         process.start()
         for _ in range(50):
             assert tiny.same_bits(judges[0], both_ways(x_NC, dy_NC, shared, cfg, None))
-        assert ours.poll(30) and ours.recv()
+        assert ours.poll(30) and ours.recv() == "right"
         started = time.monotonic()
     assert time.monotonic() - started < processes.PATIENCE / 2
     ours.send("done")

@@ -123,7 +123,7 @@ STEPS = {
     "block": "weights in one block, not each on its own",
 }
 EXPERTS_ONLY = ("gather", "slices")
-OF_A_LAYER = ("memory", "activations", *EXPERTS_ONLY, "experts", "parallel", "few")  # of many
+OF_A_LAYER = ("memory", "activations", *EXPERTS_ONLY, "experts", "parallel", "few")  # a large one
 OF_GENERATION = ("keys", "alone", "block")
 
 
