@@ -102,9 +102,20 @@ for row in races["rows"]:
             f"({share['low']:.0%} to {share['high']:.0%}) of the step, which takes "
             f"{over['median']:.2f} times as long ({over['low']:.2f} to {over['high']:.2f})"
         )
+        if row.get("narrow"):
+            over = row["narrow"]["step_over_products"]
+            print(
+                f"{'':8} with kernels for AVX2 {over['median']:.2f} times as long "
+                f"({over['low']:.2f} to {over['high']:.2f})"
+            )
 
 # %% [markdown]
 # So if everything else cost nothing, a step would be faster by about that factor, and by no more.
+# The last line of each model is the same step with older kernels (the inner loops of the library),
+# for registers of half the width. Its products take longer, everything else takes as long as
+# before: so the factor is smaller. The faster the products, the more the rest matters (Amdahl
+# 1967).
+#
 # Much of what follows is about keeping "everything else" small, the rest about giving the library
 # products that it likes.
 #

@@ -513,6 +513,32 @@ def test_a_step_is_related_to_its_products_and_to_the_rate_of_the_machine():
     }
 
 
+@pytest.mark.parametrize("kernels", ["SkylakeX", "Haswell", None])
+def test_a_step_is_held_against_slower_products_too_where_there_are_faster_ones(
+    kernels, monkeypatch
+):
+    [name] = bench.NARROW_KERNELS
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(bench, "_kernels", lambda: kernels)
+    race_of_none = {"sides": [{}], "rounds": 1}
+    monkeypatch.setattr(bench.Plan, "race", lambda *_: copy.deepcopy(race_of_none))
+    spec = {"calls": 9, "flops": 6e9, "probe_flops": 2e9, "step": [4.0], "probe": [0.5]}
+
+    def tell(workers, facts):
+        slower = os.environ.get(name) == "Haswell"
+        products = spec | {"products": [3.2 if slower else 2.0]}
+        return [{"built": 1, "peak": 1, "products": products, "bytes": {}, "effective": []}]
+
+    monkeypatch.setattr(bench.race, "tell", tell)
+    rows = list(bench._steps(PLAN._replace(quick=False), lambda _: None))
+    assert name not in os.environ and len(rows) == 3
+    for row in rows:
+        assert row["products"]["step_over_products"]["median"] == 2.0
+        assert (row["narrow"] is not None) == (kernels == "SkylakeX")
+        if row["narrow"]:
+            assert row["narrow"]["step_over_products"]["median"] == 1.25
+
+
 # -------------------------------------------------------------------------------------------- parts
 @contextlib.contextmanager
 def no_settling():
@@ -780,7 +806,7 @@ def measured(**changes):
     """Make a record of two threads that meets every aim exactly, but for `changes`."""
     at = {"eager": 1.05, "hf": 1.35, "fused": 1.1, "loop": 1.3, "sorted": 1.1, "batched": 1.2}
     at |= {"layer": 0.9, "many": 2.2, "growth": 7.0, "overhead": 1.15, "written": 8.0, "late": 1.25}
-    at |= {"over": 1.6, "peak": 0.4} | changes
+    at |= {"over": 1.6, "narrow": 1.6, "peak": 0.4} | changes
 
     def sides(**rivals):
         own = {"name": "moe_numpy", "milliseconds": {"median": 2.0}, "ratio": None, "peak": 100}
@@ -791,8 +817,9 @@ def measured(**changes):
         return {"sides": [own, *others], "rounds": 7}
 
     def step(name, **rivals):
-        over = {"step_over_products": {"median": at["over"]}}
-        return {"row": "step", "name": name, **sides(**rivals), "products": over}
+        over = {"products": at["over"], "narrow": at["narrow"]}
+        over = {key: {"step_over_products": {"median": value}} for key, value in over.items()}
+        return {"row": "step", "name": name, **sides(**rivals), **over}
 
     def layer(name, E, ratio):
         row = {"row": "layer", "name": name, "experts": E, "top_k": 2, **sides(a=9.0, b=ratio)}
@@ -835,6 +862,7 @@ def test_every_aim_that_is_just_reached_is_met():
         ({"written": 7.99}, 6, 1),
         ({"late": 1.26}, 6, 1),
         ({"over": 1.61}, 7, 3),
+        ({"narrow": 1.61}, 7, 3),
         ({"peak": 0.41}, 8, 3),
     ],
 )
@@ -938,9 +966,11 @@ def test_the_facts_below_a_row_are_in_the_units_that_they_name():
     products = {name: dict.fromkeys(SPREAD, value) for name, value in spreads.items()}
     step = {"row": "step", "tokens": 768, "shards": 1, "bytes": {"gradients": 3 << 20}}
     sides = [{"milliseconds": {"median": 2.0}, "peak": 500 << 20}]
-    facts = bench_report._facts(step | {"sides": sides, "products": products | {"calls": 27}})
+    narrow = {"step_over_products": dict.fromkeys(SPREAD, 1.25)}
+    told = {"products": products | {"calls": 27}, "narrow": narrow}
+    facts = bench_report._facts(step | {"sides": sides} | told)
     numbers = re.findall(r"\d[\d.,]*%?", "\n".join(facts))
-    wanted = {"384,000", "27", "60%", "1.50", "40%", "80", "3.0", "500"}
+    wanted = {"384,000", "27", "60%", "1.50", "1.25", "40%", "80", "3.0", "500"}
     assert wanted <= {number.rstrip(".,") for number in numbers}
 
 

@@ -82,6 +82,10 @@ FEW_ROWS = 16  # the same for small experts
 FINE = (64, 4096, (8, 64, 1024))  # fine-grained layers: hidden units, tokens, numbers of experts
 PROMPT, WRITTEN = 4, 60  # tokens of a text
 
+# OpenBLAS's kernels for registers of 512 bits (AVX-512), and how those for 256 (AVX2) are ordered.
+WIDE_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
+NARROW_KERNELS = {"OPENBLAS_CORETYPE": "Haswell"}
+
 # What PyTorch does in each race: the name of a side, how its experts run, whether AdamW is fused.
 RIVALS = {
     "dense": (("PyTorch eager", "", False), ("PyTorch, fused AdamW", "", True)),
@@ -256,6 +260,7 @@ def _large_product(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
 
 
 def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
+    wide = _kernels() in WIDE_KERNELS
     for name, cfg in models(plan.quick).items():
         report(f"training step, {name}")
         workers = [_our_step(plan, cfg)]
@@ -273,6 +278,7 @@ def _steps(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
             **found,
             "bytes": facts[0]["bytes"],
             "products": _products(facts[0]["products"]),
+            "narrow": _with_narrow_kernels(workers[0]) if wide else None,
             "effective_experts": facts[0]["effective"],
         }
 
@@ -281,6 +287,13 @@ def _our_step(plan: Plan, cfg: ModelConfig) -> Worker:
     training = bench_work.training(shards=plan.shards)
     described = {"config": config.to_dict(cfg), "training": config.to_dict(training)}
     return ours("step", plan, **described, processes=plan.processes)
+
+
+def _with_narrow_kernels(worker: Worker) -> dict[str, Any]:
+    """Relate a step to its products where those are slower, and all the rest is as it was."""
+    with machine.environment(NARROW_KERNELS):
+        [told] = race.tell([worker], facts=("products",))
+    return _products(told["products"])
 
 
 def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:

@@ -197,6 +197,10 @@ def _frugal_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
         over = row["products"]["step_over_products"]["median"]
         yield _most(7, f"{row['name']} step over its matrix products alone", over, 1.6)
     for row in _rows(record, "step"):
+        if row.get("narrow"):
+            over = row["narrow"]["step_over_products"]["median"]
+            yield _most(7, f"{row['name']} step over its products, kernels for AVX2", over, 1.6)
+    for row in _rows(record, "step"):
         ours, *others = (side["peak"] for side in row["sides"])
         share = ours / min(others) if ours and others else None
         yield _most(8, f"{row['name']} step, peak memory over the least of PyTorch's", share, 0.4)
@@ -271,6 +275,9 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
         found = row["products"]
         yield f"matrix products alone: {found['calls']} calls, {_percent(found['share'])} of a step"
         yield f"a step takes {_spread(found['step_over_products'])} times its products"
+        if row.get("narrow"):
+            over = _spread(row["narrow"]["step_over_products"])
+            yield f"with kernels for AVX2 it takes {over} times its products, which are slower then"
         rate = f"{_percent(found['step_rate'])} of {found['machine_gflops']['median']:.0f} GFLOP/s"
         yield f"rate of the products' operations in a step: {rate}, the machine's own"
         sizes = {name: f"{name} {count / 2**20:.1f}" for name, count in row["bytes"].items()}
