@@ -49,15 +49,6 @@ def use_backend(name: str) -> Iterator[types.ModuleType]:
         _fill(before)
 
 
-def memory(size: int) -> Array:
-    """Allocate so many bytes, as an array of them; they hold anything.
-
-    For 4 MiB or more NumPy asks Linux for large pages: a processor that reads weights again and
-    again then looks up less often where a page lies.
-    """
-    return xp.empty(size, "uint8")
-
-
 def to_device(x: Any, dtype: Any = None) -> Array:
     """Move a host array to the library in use, as `dtype` if one is named."""
     return xp.asarray(x, dtype=dtype)

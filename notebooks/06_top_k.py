@@ -314,9 +314,9 @@ for ax, title, p_E, kept_E in (
 figure.tight_layout()
 
 # %% [markdown]
-# A plain `0` is an exact zero. Every row sums to zero: adding the same number to all logits changes
-# no gate. With raw gates every column is alive, with renormalized ones only those of the chosen
-# experts, and on the right nothing is left.
+# A plain `0` is an exact zero, a `0.00` is only small. Every row sums to zero: adding the same
+# number to all logits changes no gate. With raw gates every column is alive, with renormalized ones
+# only those of the chosen experts, and on the right nothing is left.
 #
 # Now the same with loops, the formulas of 4.3 and 4.4 word for word, for all eight tokens. The
 # upstream gradient `dgate_NK` is random: all ones would hide most mistakes, because gates that sum
@@ -539,10 +539,12 @@ for gap in (None, 1e-4, 1e-9):
 print(*lines, sep="\n")
 
 # %% [markdown]
-# Without the count all three would look alike: small errors, passed. In the second case the
-# smaller steps saved the probes. In the third no step was small enough: those numbers were **not
-# checked at all**, and "passed" speaks for the others only. A count that is not zero says: *you
-# are measuring beside a cliff*. Move the case away from ties; do not loosen the tolerance.
+# Without the count all three would look alike: small errors, passed. Why so few, if the two experts
+# nearly tie for *every* token? A probe moves one number. A number of a token moves both logits
+# alike; only a weight in column 0 or 1 moves one without the other. In the second case the smaller
+# steps saved the probes. In the third no step was small enough: those numbers were **not checked at
+# all**, and "passed" speaks for the others only. A count that is not zero says: *you are measuring
+# beside a cliff*. Move the case away from ties; do not loosen the tolerance.
 #
 # ## 6. Dispatch and combine: there and back
 #

@@ -266,13 +266,21 @@ for step in (0, 40, 80, 99):
 # the steps again, but not the difference to an expert without tokens, whose gradient is zero. The
 # winner's loss falls, and the router sends it more. Section 1 also predicts *when* the push begins:
 # at first the sign of $u$ is a coin toss, and once experts have learned, $u < 0$ for most tokens.
-# `pull` is the share of an expert's tokens with $u < 0$.
+# `pull` is the share of an expert's tokens with $u < 0$. Step 0, before anything is learned, is
+# shown for every seed.
+
 
 # %%
-pull = np.nan_to_num(one.pull)  # an expert without tokens adds nothing
-well_served_S = (pull * one.share).sum(1)  # over all tokens of each step, shape (steps,)
-for step in (0, 5, 10, 20, 40, 80):
-    print(f"steps {step:2} to {step + 4:2}: u < 0 for {well_served_S[step : step + 5].mean():.0%}")
+def well_served(trace):
+    pull = np.nan_to_num(trace.pull)  # an expert without tokens adds nothing
+    return (pull * trace.share).sum(1)  # share of all tokens of a step with u < 0, shape (steps,)
+
+
+untrained = (rich_get_richer.follow(raw, "one job", seed, steps=1) for seed in study.seeds)
+print("step 0, every seed: ", *(f"{well_served(found.trace)[0]:.0%}" for found in untrained))
+for step in (1, 6, 10, 20, 40, 80):
+    mean = well_served(one)[step : step + 5].mean()
+    print(f"steps {step:2} to {step + 4:2}, seed 0: {mean:.0%}")
 
 # %% [markdown]
 # Could you have named the winner early? Here is the leader of the first step, and of the first 20
@@ -414,9 +422,10 @@ print("The cures of this layer:", *cures, sep="\n")
 # - With raw top-1 gates, **one job** collapses to about one expert and **eight jobs** do not
 #   collapse. Whether a toy model collapses depends on its inputs and its task as much as on the
 #   router.
-# - On one job, collapse costs little: compare the loss of "top-1 raw" with that of a layer that
-#   only *has* one expert, and with those of the balanced top-1 layers. There was nothing to divide.
-#   (More experts *for each token* do help: see "top-2" and "all experts".)
+# - On one job, collapse costs nothing: of all layers that ask one expert for each token, none has a
+#   lower mean loss than "top-1 raw", neither the balanced ones nor the one that only *has* one
+#   expert. There was nothing to divide. (More experts *for each token* do help: see "top-2" and
+#   "all experts".)
 # - On eight jobs no run counts as collapsed, and yet some experts are dead, and it
 #   costs: compare with "raw + Switch", where all experts work. "Not collapsed" is not "fine".
 # - "All experts" cannot starve anybody, since every expert serves every token. It pays with the
@@ -533,8 +542,8 @@ for task in settings["tasks"]:
 
 # %% [markdown]
 # A plus sign means that the cure made the model *worse*. On text, at this short budget, and on one
-# job, balance costs loss. Two likely reasons: an undecided router has small raw gates (compare "raw
-# + Switch" with "renorm. + Switch" on one job, in the table), and an expert that sees an eighth of
+# job, balance costs loss. Two likely reasons: an undecided router has small raw gates (in the table
+# of one job, compare "raw + Switch" with "renorm. + Switch"), and an expert that sees an eighth of
 # the tokens learns a common job more slowly. On eight jobs the Switch loss pays. Longer training or
 # larger models may answer differently; these records do not tell. Balance is a means. Ask what it
 # buys, on your task, with your budget.
@@ -553,7 +562,7 @@ for task in settings["tasks"]:
 # %% [markdown]
 # ## Exercise 1: effective experts with loops
 #
-# Write it with `for`, without NumPy's sums. `load_E` holds counts; some may be zero.
+# (10 minutes) Write it with `for`, without NumPy's sums. `load_E` holds counts; some may be zero.
 
 
 # %%
@@ -564,11 +573,14 @@ def my_effective_experts(load_E):
 print(exercises_07.check_effective_experts(my_effective_experts))
 
 # %% [markdown]
+# <details><summary>Hint</summary>Three lines of a loop: the share of the expert; if it is not zero,
+# its part of the entropy; the sum. The exponential comes after the loop.</details>
+#
 # ## Exercise 2: the gradient of the Switch loss
 #
-# Take section 6's formula and derive `dprob_NE`, the gradient of $switch$ with respect to
-# `prob_NE`, shape $(N, E)$. `expert_NK` holds the chosen experts, shape $(N, K)$, so that there are
-# $N K$ choices in all. Use nothing of `moe_numpy`.
+# (15 minutes) Take section 6's formula and derive `dprob_NE`, the gradient of $switch$ with respect
+# to `prob_NE`, shape $(N, E)$. `expert_NK` holds the chosen experts, shape $(N, K)$, so that there
+# are $N K$ choices in all. Use nothing of `moe_numpy`.
 
 
 # %%
@@ -579,12 +591,16 @@ def my_switch_gradient(prob_NE, expert_NK):
 print(exercises_07.check_switch_gradient(my_switch_gradient))
 
 # %% [markdown]
+# <details><summary>Hint</summary><code>f</code> is a constant: only <code>P</code> moves with
+# <code>prob</code>. <code>P[e]</code> is a mean over <code>N</code> tokens. What is its derivative
+# in one <code>prob[n, e]</code>? Count <code>f</code> from <code>expert_NK</code>.</details>
+#
 # ## Exercise 3: an alarm for collapse
 #
-# You watch the first 20 steps of a run: `share_SE`, shape (20, $E$). Return `True` if the run will
-# end in collapse. The check takes raw top-1 on both tasks, all seeds, and reads from the record how
-# each of them ended. Up to one wrong answer in eight is allowed. It also tries other numbers of
-# experts.
+# (20 minutes) You watch the first 20 steps of a run: `share_SE`, shape (20, $E$). Return `True` if
+# the run will end in collapse. The check takes raw top-1 on both tasks, all seeds, and reads from
+# the record how each of them ended. Up to one wrong answer in eight is allowed. It also tries other
+# numbers of experts.
 
 
 # %%
@@ -597,6 +613,10 @@ print(f"{len(early)} runs, {sum(collapsed)} of them ended collapsed")
 print(exercises_07.check_alarm(my_alarm, early, collapsed))
 
 # %% [markdown]
+# <details><summary>Hint</summary>Average the shares of the last few steps, take their effective
+# experts as in exercise 1, and compare with a part of the number of experts,
+# <code>share_SE.shape[1]</code>.</details>
+#
 # ## Where to go next
 #
 # - In the package: `moe_numpy/moe/balance.py` has the Switch loss and its relatives, each with its

@@ -2,10 +2,11 @@
 # # 13 What made it fast
 #
 # Plain NumPy is thought of as slow. This page goes through what made the package's training steps
-# about as fast as PyTorch's on one processor (some a little slower), one optimization after the
-# other: the idea, a small calculation or check that you can run, and the gain that was measured.
-# On another processor they are clearly faster, but much of that is a gift: NumPy's library of
-# matrix products is more than twice as fast there as PyTorch's. (The races are in the README.)
+# fast, one optimization after the other: the idea, a small calculation or check that you can run,
+# and the gain that was measured on an AMD EPYC. There the steps are clearly faster than PyTorch's,
+# but much of that is a gift: NumPy's library of matrix products is more than twice as fast there as
+# PyTorch's. On an Intel Xeon, an older version of the package was about as fast as PyTorch, some
+# steps a little slower. (The races are in the README.)
 #
 # **After this page you can**
 #
@@ -227,9 +228,10 @@ show("rows")
 # ## 6. Two cores
 #
 # The library can share one product between cores. For small products that is mostly waiting: the
-# cores meet after every one of them. It is better to give each core its own part of the batch, a
-# **shard**: they meet a few times a step, to add up the gradients and to share out the optimizer's
-# work. (Measured with a process for each shard: the gain contains that of the processes below.)
+# cores meet after every one of them. The other idea is to give each core its own part of the batch,
+# a **shard**: they meet a few times a step, to add up the gradients and to share out the
+# optimizer's work. (Measured with a process for each shard: the gain contains that of the processes
+# below.)
 
 # %%
 show("shards")
@@ -247,6 +249,10 @@ for name, row in models.items():
         print(f"    {name:22} {gains[0]['median'] / gains[1]['median']:5.2f}")
 
 # %% [markdown]
+# Read the last lines: what is left is the gain of shards that threads compute. Where it is near 1,
+# the idea pays only together with processes: what the threads save by meeting less often, they lose
+# by waiting for each other's Python.
+#
 # **Shards change the function.** Each is routed by itself, so capacity limits and balance losses
 # see one shard at a time. That is why their number is part of the configuration. Who computes them,
 # threads or processes, makes not one bit of difference.
@@ -298,9 +304,7 @@ show("parallel")
 # To write token number $t$, the model needs the keys and values of all tokens before it. They do
 # not change, so they are kept (the **KV cache**); without it, every token costs a pass over the
 # whole text. For a single token, everything but the matrices is tiny, and the *calls* cost more
-# than the arithmetic: `decode.py` is the same forward in as few calls as possible. And the
-# parameters lie in one block of memory, for which Linux may use large pages: an idea that had no
-# gain to show here, as section 9 repeats.
+# than the arithmetic: `decode.py` is the same forward in as few calls as possible.
 
 # %%
 prompt, T = bench.PROMPT, bench.WRITTEN
@@ -311,7 +315,7 @@ for step in bench.OF_GENERATION:
 
 # %% [markdown]
 # The gain is smaller than the ratio of the rows: many rows in one product cost less each than a row
-# alone. And the three are not independent: without the cache there is no "single token" either, so
+# alone. And the two are not independent: without the cache there is no "single token" either, so
 # the first gain contains the second.
 #
 # ## 9. What could not be shown to help
@@ -329,12 +333,12 @@ for name, row in models.items():
 
 # %% [markdown]
 # Blocks in the optimizer keep its temporaries small, whatever the size of the largest array, and
-# that is why they stay. `rows.sums` is as short to write as NumPy's own sum, and one block of
-# weights is one line. None of them is kept for its speed. What has no gain in one model may have
-# one in another: look for its other rows above. An idea can be right, and its part of a step too
-# small to show: by itself, `np.add.at` takes many times as long as the look-up (measure it, with
-# `%timeit`). Where a median is well above 1, a quieter machine may decide; more rounds alone can
-# only widen such a spread. Until then, do not build on it.
+# that is why they stay; `rows.sums` is as short to write as NumPy's own sum. Neither is kept for
+# its speed. What has no gain in one model may have one in another: look for its other rows above.
+# An idea can be right, and its part of a step too small to show: by itself, `np.add.at` takes many
+# times as long as the look-up (measure it, with `%timeit`). Where a median is well above 1, a
+# quieter machine may decide; more rounds alone can only widen such a spread. Until then, do not
+# build on it.
 #
 # **Your predictions.** The first is answered in section 2. For the other two, once more the gains
 # of giving each core its own half, of float32, and of an optimizer in blocks:
@@ -355,8 +359,8 @@ display(bench_pictures.steps_figure(removals))
 # Your turn: write `dots`, the scalar product of each row of `x` with the same row of `y`. They have
 # the same shape, `(..., C)` with any number of axes; the answer has the shape `(..., 1)` and their
 # type. The cell checks it, puts it in the place of the package's, and looks at the gradient of a
-# layer. Find more than one way, then measure them: `%timeit` in a cell of your own. Which shapes
-# favor which?
+# layer. Find more than one way, then measure them: `%timeit` in a cell of your own. Which of yours
+# is the faster one for rows of 16 numbers, which for rows of 4,096, if both arrays have 65,536?
 
 
 # %%
@@ -373,6 +377,12 @@ if verdict.startswith("right"):
     print("a layer's gradient with it, equal to rounding:", np.allclose(mine, theirs, atol=1e-5))
 
 # %% [markdown]
+# <details><summary>What to look for</summary><code>(x * y).sum(-1, keepdims=True)</code> writes
+# all products to memory and reads them again, and then NumPy begins every row anew:
+# with short rows that beginning is most of the time. <code>np.einsum</code> adds up while it
+# multiplies. So the short rows should tell the ways apart more than the long ones. If your times
+# say something else, believe them, and ask why.</details>
+#
 # ## Where to go next
 #
 # - `python -m moe_numpy bench` measures all this on your machine, and beside PyTorch if you install

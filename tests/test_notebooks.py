@@ -1,9 +1,11 @@
 """Every notebook agrees with its source, reads well as committed, and runs from top to bottom."""
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +22,7 @@ from moe_numpy.classroom import lessons
 
 ROOT = Path(__file__).parent.parent
 SOURCES = lessons.sources(ROOT / "notebooks")
+ITEM = re.compile(r"([-+*]|\d+[.)]) ")
 each = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
 
@@ -59,6 +62,15 @@ def test_a_notebook_is_committed_executed_and_light(source):
     streams = [o for cell in cells for o in cell.outputs if o.output_type == "stream"]
     assert all(output.name == "stdout" for output in streams)
     assert source.with_suffix(".ipynb").stat().st_size < 600_000
+
+
+@each
+def test_no_line_of_prose_is_taken_for_an_item_of_a_list(source):
+    for cell in committed(source).cells:
+        lines = cell.source.splitlines() if cell.cell_type == "markdown" else []
+        for before, line in itertools.pairwise(lines):
+            if ITEM.match(line):
+                assert not before or before.startswith(" ") or ITEM.match(before), line
 
 
 @each

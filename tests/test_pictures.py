@@ -70,26 +70,25 @@ def test_each_side_of_a_layer_has_a_curve_of_its_own_times():
         for k in (2, 1)
         for E in (4, 16)
     ]
-    ax = drawn(bench_pictures.plot_experts, {"rows": rows}, "wide")
-    assert [curve(line) for line in ax.lines] == [
-        [[4, 4], [16, 16]],
-        [[4, 40], [16, 160]],
-        [[4, 8], [16, 32]],
-        [[4, 80], [16, 320]],
-    ]
-    assert ["they" in line.get_label() for line in ax.lines] == [False, True] * 2
-    assert ["2" in line.get_label() for line in ax.lines] == [False] * 2 + [True] * 2
-    assert [line.get_linestyle() for line in ax.lines] == ["-"] * 2 + ["--"] * 2
-    alone = drawn(bench_pictures.plot_experts, {"rows": rows[:2]}, "wide")
-    assert {line.get_linestyle() for line in alone.lines} == {"--"}  # top-2, as beside top-1
-    assert ax.get_xlabel() == "experts (median of rounds: top-1 4, top-2 3)"
+    for k, rounds in ((1, 4), (2, 3)):
+        ax = drawn(bench_pictures.plot_experts, {"rows": rows}, "wide", k)
+        ours, theirs = (curve(line) for line in ax.lines)
+        assert ours == [[4, 4 * k], [16, 16 * k]] and theirs == [[4, 40 * k], [16, 160 * k]]
+        assert [line.get_label() for line in ax.lines] == ["we", "they"]
+        assert ax.lines[0].get_linewidth() > ax.lines[1].get_linewidth()
+        assert f"top-{k}" in ax.get_title() and "hidden 8, 9 tokens" in ax.get_title()
+        assert ax.get_xlabel() == f"experts (median of {rounds} rounds)"
+    assert not drawn(bench_pictures.plot_experts, {"rows": rows}, "fine-grained", 2).axison
 
 
 def test_a_step_is_split_into_its_products_and_the_rest():
     over = {"median": 4 / 3, "low": 1.2, "high": 1.5}
     products = {"share": {"median": 0.75}, "step_over_products": over}
-    rows = [{"row": "step", "name": "MoE", "sides": [side("we", 8.0)], "products": products}]
-    ax = drawn(bench_pictures.plot_shares, {"rows": rows})
+    row = {"row": "step", "name": "MoE", "sides": [side("we", 8.0)], "products": products}
+    narrow = row | {"narrow": {"step_over_products": {"median": 1.25}}}
+    [text, *_] = drawn(bench_pictures.plot_shares, {"rows": [narrow]}).texts
+    assert text.get_text().endswith("(1.20 to 1.50)\n with kernels for AVX2 1.25")
+    ax = drawn(bench_pictures.plot_shares, {"rows": [row]})
     assert bars(ax)[:2] == [(0, 6, 0), (6, 8, 0)]
     [products, *_], [label, *_] = ax.get_legend_handles_labels()
     assert products[0] is ax.patches[0] and "products" in label

@@ -265,6 +265,12 @@ def effective(load_E, log=math.log, sign=-1, last=math.exp, skip=True, shares=Tr
     return last(sign * sum(terms))
 
 
+def above(least, load_E):
+    """Leave out the experts with a smaller share than `least`."""
+    total = sum(load_E)
+    return math.exp(-sum(c / total * math.log(c / total) for c in load_E if c >= least * total > 0))
+
+
 def changing(solution):
     """Solve an exercise, but with its first argument spoiled on the way."""
 
@@ -301,6 +307,10 @@ def changing(solution):
         ),
         (lambda load: sum(c > 0 for c in load), "got anything at all"),
         (lambda load: sum(load) ** 2 / sum(c * c for c in load), "1 / sum of share^2"),
+        (lambda load: above(0.01, load), "for the load [2000, 1, 15] it must be"),
+        (lambda load: above(0.01, load), "Small shares count, too"),
+        (lambda load: above(0.001, load), "Small shares count, too"),
+        (lambda load: above(0.1, load), "for the load [6, 2, 4, 1] it must be"),
         (lambda load: load / sum(load), "one number"),
         (lambda load: None, "return"),
         (lambda load: 1j, "one number, got complex"),
@@ -344,6 +354,7 @@ def switch(prob_NE, expert_NK):
         (lambda p, e: switch(p, e) * len(p) / p.shape[1], "two factors are missing"),
         (lambda p, e: switch(p, e) * (e.size if e.shape[1] > 1 else 1), "divide by N K"),
         (lambda p, e: switch(p, e[:, :1]), "all K choices of a token"),
+        (lambda p, e: switch(p, np.argsort(-p, 1)[:, : e.shape[1]]), "count expert_NK"),
         (lambda p, e: softmax.softmax_backward(switch(p, e), (p,)), "gradient of the logits"),
     ],
 )
@@ -374,6 +385,19 @@ def test_the_third_check_names_the_mistake(answer, words):
     committed = json.loads((FIGURES / "collapse_settings.json").read_text("utf-8"))
     early, collapsed = rich_get_richer.first_steps(committed, "top-1 raw")
     assert words in exercises.check_alarm(answer, early, collapsed)
+
+
+def test_what_chapter_07_says_of_one_job_holds_in_the_record():
+    committed = json.loads((FIGURES / "collapse_settings.json").read_text("utf-8"))
+    layers = rich_get_richer.Study().settings()
+    part = rich_get_richer.of_task(committed, "one job")
+    losses = {
+        c["name"]: np.mean([run["validation_loss"] for run in c["runs"]])
+        for c in part["conditions"]
+    }
+    of_one = [losses[name] for name in losses if name not in layers or layers[name].top_k == 1]
+    assert len(of_one) == 7 and min(of_one) == losses["top-1 raw"]
+    assert losses["top-2"] < losses["top-1 raw"] > losses["all experts"]
 
 
 @pytest.mark.parametrize(

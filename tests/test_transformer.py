@@ -656,17 +656,6 @@ def test_generation_refuses_what_cannot_work(prompt, knobs, words):
         list(generation.generate(prompt, draw(0, cfg), cfg, 2, rng=0, **knobs))
 
 
-def test_all_parameters_lie_in_one_block_and_none_on_another():
-    cfg = config(moe=EXPERTS, **LLAMA, width=20, heads=2)
-    params = model.init_model(np.random.default_rng(0), cfg)
-    assert any(array.nbytes % tree.LINE for array in tree.leaves(params))
-    first, *_ = arrays = sorted(tree.leaves(params), key=lambda array: array.ctypes.data)
-    assert len(tiny.blocks(params)) == 1
-    for array, after in itertools.pairwise(arrays):
-        assert array.ctypes.data + array.nbytes <= after.ctypes.data
-        assert (after.ctypes.data - first.ctypes.data) % tree.LINE == 0
-
-
 def test_what_writes_into_the_stream_starts_smaller_the_deeper_the_model():
     experts = MoEConfig(num_experts=4, top_k=2, hidden=64)
     sizes = {"vocab_size": 5, "context": 4, "layers": 8, "width": 64, "heads": 4, "hidden": 64}

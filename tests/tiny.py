@@ -69,16 +69,6 @@ def same_bits(a, b):
     return True
 
 
-def blocks(arrays):
-    """Tell apart the blocks of memory that the arrays of a tree lie in, by their addresses."""
-    found = set()
-    for array in tree.leaves(arrays):
-        while isinstance(array.base, np.ndarray):
-            array = array.base
-        found.add(array.ctypes.data)
-    return found
-
-
 def same_run(a, b):
     """Compare everything of two runs that decides how they go on, and what they left behind."""
     assert (a.step, a.cfg, a.training, a.evaluations) == (b.step, b.cfg, b.training, b.evaluations)

@@ -15,7 +15,7 @@ CHANGED = "the function changed its arguments; work on a copy, others still need
 
 def check_effective_experts(answer: Callable[[np.ndarray], float]) -> str:
     """Check exercise 1: effective experts of one layer's load, counts of shape (E,), with loops."""
-    cases = [[6, 2, 4, 1], [5, 5, 5, 5], [3, 0, 3, 0, 2], [7, 0, 0]]
+    cases = [[6, 2, 4, 1], [5, 5, 5, 5], [3, 0, 3, 0, 2], [7, 0, 0], [2000, 1, 15]]
     for load in cases:
         came, problem = _call(answer, np.array(load), todo="effective experts")
         if problem:
@@ -36,6 +36,11 @@ def _effective(load: Any) -> float:
     return math.exp(-sum(s * math.log(s) for s in shares if s > 0))
 
 
+def _effective_above(least: float, shares: list[float]) -> float:
+    """Compute effective experts without those of a smaller share, as if they were none."""
+    return math.exp(-sum(s * math.log(s) for s in shares if s >= least and s > 0))
+
+
 def _why(came: float, load: list[int]) -> str:
     total = sum(load)
     shares = [count / total for count in load]
@@ -54,6 +59,8 @@ def _why(came: float, load: list[int]) -> str:
             "This is 1 / sum of share^2, another way to count; here it is exp(entropy)."
         ),
     }
+    if any(_close(came, _effective_above(least, shares)) for least in sorted(shares)[1:]):
+        return "Small shares count, too: leave out the experts that got nothing, and only those."
     if math.isnan(came):
         return "A share of 0 gave 0 * log 0: leave out the experts that got nothing."
     for wrong, reason in typical.items():
@@ -69,11 +76,13 @@ def _why(came: float, load: list[int]) -> str:
 def check_switch_gradient(answer: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> str:
     """Check exercise 2: dprob_NE of the Switch loss, from prob_NE (N, E) and expert_NK (N, K)."""
     rng = np.random.default_rng(7)
-    for N, E, K, idle in ((6, 4, 1, False), (5, 3, 2, False), (4, 5, 2, True)):
+    cases = ((6, 4, 1, False), (5, 3, 2, False), (4, 5, 2, True), (6, 4, 2, False))
+    for case, (N, E, K, idle) in enumerate(cases):
         logit_NE = rng.normal(size=(N, E))
         logit_NE[:, -1] -= 9 * idle  # so that nobody chooses the last expert
         prob_NE = np.exp(logit_NE) / np.exp(logit_NE).sum(1, keepdims=True)
-        expert_NK = np.argsort(-logit_NE, 1)[:, :K]
+        noisy_NE = logit_NE + rng.normal(size=(N, E)) * (case == len(cases) - 1)
+        expert_NK = np.argsort(-noisy_NE, 1)[:, :K]
         came, problem = _call(answer, prob_NE, expert_NK, todo="the Switch gradient")
         if problem:
             return problem
@@ -104,6 +113,7 @@ def _why_switch(
     np.put_along_axis(chosen_NE, expert_NK, 1.0, 1)
     mean_E = prob_NE.mean(0)
     first_E = np.bincount(expert_NK[:, 0], minlength=E) / N
+    best_E = np.bincount(np.argsort(-prob_NE, 1)[:, :K].reshape(-1), minlength=E) / (N * K)
     dlogit_NE = prob_NE * (right_NE - (prob_NE * right_NE).sum(1, keepdims=True))
     typical = (
         (np.zeros((N, E)), "all zeros. f is a constant, but prob is not: P has a gradient."),
@@ -118,6 +128,10 @@ def _why_switch(
         (right_NE * N * K, "f is a share of the choices, not a count: divide by N K."),
         (right_NE * K, "f is divided by N alone: there are N K choices."),
         (np.tile(E * first_E / N, (N, 1)), "f counts all K choices of a token, not the first."),
+        (
+            np.tile(E * best_E / N, (N, 1)),
+            "f counts the largest of prob: count expert_NK. Noise and limits may choose others.",
+        ),
         (dlogit_NE, "this is the gradient of the logits: stop one step earlier, at prob."),
         (right_NE * chosen_NE, "only the chosen entries got something: P averages all of them."),
         (np.tile(E * mean_E / N, (N, 1)), "P stands where f belongs: the derivative by P is E f."),

@@ -124,11 +124,10 @@ STEPS = {
     "few": "few rows: products of narrow parts",
     "keys": "keys and values kept (and few calls), not computed anew",
     "alone": "a token alone in few calls, not as a batch of one",
-    "block": "weights in one block, not each on its own",
 }
 EXPERTS_ONLY = ("gather", "slices")
 OF_A_LAYER = ("memory", "activations", *EXPERTS_ONLY, "experts", "parallel", "few")  # a large one
-OF_GENERATION = ("keys", "alone", "block")
+OF_GENERATION = ("keys", "alone")
 
 
 def models(quick: bool = False) -> dict[str, ModelConfig]:

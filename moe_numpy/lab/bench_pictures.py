@@ -45,32 +45,28 @@ def plot_ratios(ax: Axes, record: dict[str, Any]) -> Axes:
     return ax
 
 
-def plot_experts(ax: Axes, record: dict[str, Any], name: str) -> Axes:
-    """Draw what a layer costs over its number of experts: ours thick, top-2 dashed beside top-1."""
+def plot_experts(ax: Axes, record: dict[str, Any], name: str, k: int) -> Axes:
+    """Draw what a top-k layer costs over its number of experts: ours thick."""
     rows = [row for row in record["rows"] if row["row"] == "layer" and row["name"] == name]
+    rows = [row for row in rows if row["top_k"] == k]
     if not rows:
         ax.set_axis_off()
         return ax
-    rounds = {}
-    for k in sorted({row["top_k"] for row in rows}):
-        style = "s--" if k > 1 else "o-"
-        own = [row for row in rows if row["top_k"] == k]
-        experts = [row["experts"] for row in own]
-        rounds[k] = min(row["rounds"] for row in own)
-        for i, side in enumerate(own[0]["sides"]):
-            times = [row["sides"][i]["milliseconds"]["median"] for row in own]
-            label = f"{side['name']}, top-{k}"
-            width = 2.0 if i == 0 else 1.0
-            ax.loglog(experts, times, style, color=COLORS[i], linewidth=width, label=label)
-    ax.set_title(f"Layer alone, {name}: hidden {rows[0]['hidden']}, {rows[0]['tokens']} tokens")
+    experts = [row["experts"] for row in rows]
+    for i, side in enumerate(rows[0]["sides"]):
+        times = [row["sides"][i]["milliseconds"]["median"] for row in rows]
+        width = 2.0 if i == 0 else 1.0
+        ax.loglog(experts, times, "o-", color=COLORS[i], linewidth=width, label=side["name"])
+    sizes = f"hidden {rows[0]['hidden']}, {rows[0]['tokens']} tokens"
+    ax.set_title(f"Layer alone, {name}, top-{k}: {sizes}", fontsize=10)
     ax.set_xticks(experts, [str(E) for E in experts])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
     ax.legend(fontsize=7)
-    told = ", ".join(f"top-{k} {count}" for k, count in rounds.items())
-    ax.set(xlabel=f"experts (median of rounds: {told})", ylabel="forward and backward (ms)")
+    rounds = min(row["rounds"] for row in rows)
+    ax.set(xlabel=f"experts (median of {rounds} rounds)", ylabel="forward and backward (ms)")
     return ax
 
 
@@ -89,6 +85,9 @@ def plot_shares(ax: Axes, record: dict[str, Any]) -> Axes:
         spread = (
             f"{over['median']:.2f} times its products\n ({over['low']:.2f} to {over['high']:.2f})"
         )
+        if row.get("narrow"):
+            median = row["narrow"]["step_over_products"]["median"]
+            spread += f"\n with kernels for AVX2 {median:.2f}"
         ax.text(whole, y, f" {spread}", va="center", fontsize=8)
     ax.barh(0, 0, color=COLORS[1], label="everything else")
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
@@ -137,23 +136,27 @@ def plot_lengths(ax: Axes, record: dict[str, Any]) -> Axes:
     for color, side in zip(COLORS[1:], rows[0]["sides"][1:], strict=False):
         mean = side["milliseconds"]["median"] / rows[0]["tokens"]
         ax.axhline(mean, color=color, linestyle="--", label=f"{side['name']}, mean")
-    ax.set_ylim(bottom=0)
+        times = [*times, mean]
+    ax.set_ylim(0, 1.1 * max(times))
     ax.set(xlabel="token written (the first: with the prompt)", ylabel="time (ms), one thread")
-    ax.set_title("Generation with a cache")
-    ax.legend(fontsize=8)
+    ax.set_title("Generation with a cache", fontsize=10)
+    ax.legend(fontsize=7)
     return ax
 
 
 def speed_figure(record: dict[str, Any]) -> Figure:
     """Tell the races in one figure: ratios, time and memory of a step, layers, generation."""
     figure = Figure(figsize=(18, 9.5), layout="constrained", dpi=110)
-    axes = figure.subplots(2, 3)
-    plot_ratios(axes[0, 0], record)
-    plot_shares(axes[0, 1], record)
-    plot_memory(axes[0, 2], record)
-    plot_experts(axes[1, 0], record, "wide")
-    plot_experts(axes[1, 1], record, "fine-grained")
-    plot_lengths(axes[1, 2], record)
+    grid = figure.add_gridspec(2, 12)
+    above = [figure.add_subplot(grid[0, i : i + 4]) for i in (0, 4, 8)]
+    below = [figure.add_subplot(grid[1, i : i + 3]) for i in (0, 3, 6, 9)]
+    plot_ratios(above[0], record)
+    plot_shares(above[1], record)
+    plot_memory(above[2], record)
+    plot_experts(below[0], record, "wide", k=1)
+    plot_experts(below[1], record, "wide", k=2)
+    plot_experts(below[2], record, "fine-grained", k=2)
+    plot_lengths(below[3], record)
     figure.suptitle("Speed of a training step, a layer and generation", fontsize=13)
     figure.supxlabel(machine_line(record), fontsize=8)
     return figure

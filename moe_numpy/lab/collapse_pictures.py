@@ -132,7 +132,8 @@ def plot_plane(ax: Axes, record: dict[str, Any], title: str, legend: bool = True
     """Place every run by balance in training and decisiveness of the clean router.
 
     Left is collapsed, right is balanced; below, the router hardly prefers any expert, above it is
-    sure. A layer with one expert has no place in the plane and is left out.
+    sure. A layer with one expert has no place in the plane and is left out. The first condition has
+    the smallest markers and lies on top, so that none hides another.
     """
     E = record["num_experts"]
     for i, condition in enumerate(_with_choice(record)):
@@ -141,13 +142,13 @@ def plot_plane(ax: Axes, record: dict[str, Any], title: str, legend: bool = True
         ax.scatter(
             x,
             y,
-            s=30,
+            s=16 + 12 * i,
             marker=MARKERS[i % len(MARKERS)],
             color=plots.COLORS[i % len(plots.COLORS)],
             edgecolor="black",
             linewidth=0.4,
             label=condition["name"],
-            zorder=3,
+            zorder=4 - i / 10,
         )
     ax.axvline(0.5, color=FAINT, linestyle="--", linewidth=0.8)
     ax.axhline(1 / E, color=FAINT, linestyle=":", linewidth=0.8)

@@ -53,7 +53,7 @@ def plot_grid(
     limit = limit or float(np.abs(known).max()) or 1.0
     colors = SIGNED(Normalize(-1.6, 1.6)(known / limit))  # full color would hide the numbers
     colors[~finite] = 0.9, 0.9, 0.9, 1.0
-    ax.imshow(colors, aspect=0.68)
+    ax.imshow(colors, aspect=0.62)
     whole = values.dtype.kind in "iu"
     for (row, column), value in np.ndenumerate(values):
         text = f"{value}" if whole else _number(value, digits)
@@ -64,12 +64,12 @@ def plot_grid(
             text,
             ha="center",
             va="center",
-            fontsize=9,
+            fontsize=8,
             color=NEUTRAL if faint else "black",
         )
         if marked is not None and marked[row, column]:
-            corner = (column - 0.47, row - 0.47)
-            ax.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, linewidth=1.8))
+            corner = (column - 0.48, row - 0.48)
+            ax.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, linewidth=1.4))
     labels = [str(n) if names is None else f"{names[n]}  {n}" for n in range(len(values))]
     ax.set_yticks(range(len(values)), labels)
     ax.set_xticks(range(values.shape[1]))

@@ -3,8 +3,7 @@
 For a single token everything but the matrices is short, and the calls cost more than the
 arithmetic. This is `model_forward` with as few calls as possible, in about a quarter of its time
 (figures/speed_steps.json), for the models that `supports` names. Most of what is left goes to the
-matrices: one token reads them from memory and uses each number once (which is why `init_model` and
-`load_model` lay the parameters out in one block).
+matrices: one token reads them from memory and uses each number once.
 
 Left out is what one token does not need: no mask (nothing is in its future), no plan (no other
 choice waits for a place), no noise, limit, balance term or report (generation has none), and no

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from numpy.random import Generator, default_rng
 
-from moe_numpy import tree
-from moe_numpy.backend import Array, Cache, memory, to_device, xp
+from moe_numpy.backend import Array, Cache, to_device, xp
 from moe_numpy.config import ModelConfig, rules
 from moe_numpy.moe import fit as moe_fit
 from moe_numpy.moe import router
@@ -35,7 +34,7 @@ class LossReport(NamedTuple):
 
 
 def init_model(rng: Generator | int, cfg: ModelConfig, dtype: str = "float32") -> ModelParams:
-    """Draw all parameters (normal, deviation 0.02; see the parts); they lie in one block of memory.
+    """Draw all parameters: normal, deviation 0.02; see the parts.
 
     `rng` is anything that `numpy.random.default_rng` takes: a generator, or a seed.
 
@@ -45,14 +44,13 @@ def init_model(rng: Generator | int, cfg: ModelConfig, dtype: str = "float32") -
     rng = default_rng(rng)
     V, C = cfg.vocab_size, cfg.width
     learned = cfg.positions == "learned"
-    params = ModelParams(
+    return ModelParams(
         token_VC=to_device(rng.normal(0.0, 0.02, (V, C)), dtype),
         position_TC=to_device(rng.normal(0.0, 0.02, (cfg.context, C)), dtype) if learned else None,
         blocks=tuple(block.init_block(rng, cfg, layer, dtype) for layer in range(cfg.layers)),
         norm=block.init_norm(cfg, dtype),
         head_CV=None if cfg.tied else to_device(rng.normal(0.0, 0.02, (C, V)), dtype),
     )
-    return tree.in_one_block(params, memory)
 
 
 def draw_noise(

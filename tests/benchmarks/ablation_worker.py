@@ -6,7 +6,7 @@ import functools
 import numpy as np
 from plain import TWINS
 
-from moe_numpy import machine, tree
+from moe_numpy import machine
 from moe_numpy.classroom import registry
 from moe_numpy.lab import bench_process, bench_work
 from moe_numpy.moe import experts
@@ -90,11 +90,6 @@ def as_a_batch(spec):
     decode.supports = lambda cfg: False
 
 
-def scattered(spec):
-    """Let every array of the parameters lie where it was drawn."""
-    tree.in_one_block = lambda arrays, memory: arrays
-
-
 SETTINGS = {
     "memory": give_memory_back,
     "shards": one_shard,
@@ -107,7 +102,6 @@ SETTINGS = {
     "slices": products_of_all_threads,
     "keys": nothing_kept,
     "alone": as_a_batch,
-    "block": scattered,
 }
 
 if __name__ == "__main__":
