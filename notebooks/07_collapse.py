@@ -278,7 +278,7 @@ def well_served(trace):
 
 untrained = (rich_get_richer.follow(raw, "one job", seed, steps=1) for seed in study.seeds)
 print("step 0, every seed: ", *(f"{well_served(found.trace)[0]:.0%}" for found in untrained))
-for step in (1, 6, 10, 20, 40, 80):
+for step in (1, 6, 11, 21, 41, 81):
     mean = well_served(one)[step : step + 5].mean()
     print(f"steps {step:2} to {step + 4:2}, seed 0: {mean:.0%}")
 
