@@ -246,7 +246,11 @@ def _rows(cfg: ModelConfig, tokens: int) -> float:
         return 0.0
     if isinstance(moe.selection, SoftSlots):
         return moe.num_experts * moe.selection.slots / tokens
-    return moe.top_k * (1 if moe.capacity is None else min(1.0, moe.capacity.factor))
+    if moe.capacity is None:
+        return moe.top_k
+    size = min(moe.capacity.group or tokens, tokens)
+    places = moe.num_experts * moe.capacity.places(size, moe.top_k, moe.num_experts)
+    return min(moe.top_k, places / size)
 
 
 def _router_tables(moe: MoEConfig) -> float:

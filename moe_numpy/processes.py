@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PATIENCE = 10.0  # seconds that a member has for its last answer
 AWAKE = 0.005  # seconds that a process waits before it goes to sleep
 
+_started: list[Processes] = []  # and not ended yet
 _holders: contextvars.ContextVar[tuple[Any, ...]]
 _holders = contextvars.ContextVar("processes that hold parameters", default=())
 
@@ -69,11 +70,14 @@ class Processes:
                 end.callback(_dismiss, member, ours)
             self._end = end.pop_all()
         self.at_work = True
+        _started.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.at_work = False
-        self._end.close()
+        _started.remove(self)
+        if os.getpid() == self._caller:  # the end of one forked beside is not that of the members
+            self._end.close()
 
     def is_caller(self) -> bool:
         """Tell whether this is the process whose members are at work, not one forked beside."""
@@ -82,8 +86,12 @@ class Processes:
     def _each(self, do: Callable[..., list], *arguments: Any) -> list:
         """Let every member do its share: list the results, which are dealt to them in turns.
 
-        Raises     what a member raised; ChildProcessError if one ended
+        Raises     what a member raised; ChildProcessError if one ended; ValueError if this is
+                   not the process that started them
         """
+        rule = "only the process that started its members may ask them"
+        fine, came = os.getpid() == self._caller, "one forked beside them"
+        rules.require(fine, self.who, rule, came, "Begin a block of its own.")
         try:
             order = (do, arguments, np.geterr())
             for line in self._lines:
@@ -145,10 +153,15 @@ def _dismiss(member: Any, line: Connection) -> None:
         member.join()
 
 
+def are_at_work() -> bool:
+    """Tell whether this process has others at work: they do not see what it changes in itself."""
+    return any(crew.is_caller() for crew in _started)
+
+
 @contextlib.contextmanager
 def holding(crew: Any) -> Iterator[None]:
-    """Let `holder` find these processes within the block."""
-    before = _holders.set((crew, *_holders.get()))
+    """Let `holder` find these processes within the block; of None, no processes at all."""
+    before = _holders.set((crew, *_holders.get()) if crew is not None else ())
     try:
         yield
     finally:

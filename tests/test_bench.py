@@ -441,6 +441,13 @@ MEMORY = {
     "recomputed clamped": ("Mixtral", {"recompute": True}, {"activation": "clamped_swiglu"}),
     "recomputed, narrow": ("dense", {"recompute": True, "activation": "gelu", "width": 32}, {}),
     "few places": ("MoE", {}, {"capacity": Capacity(factor=0.4)}),
+    "places for one choice": (
+        "MoE",
+        {},
+        {"top_k": 4, "activation": "geglu", "capacity": Capacity(factor=1.0, times_k=False)},
+    ),
+    "places at least": ("MoE", {}, {"capacity": Capacity(factor=0.05, minimum=100)}),
+    "places in groups": ("MoE", {}, {"capacity": Capacity(factor=0.5, group=96, multiple=8)}),
     "routers": ("MoE", {"layers": 2}, {"num_experts": 512, "top_k": 1, "hidden": 8, **LOUD}),
     "groups": ("MoE", {"layers": 2}, {"num_experts": 256, "hidden": 16, **LOUD, **GROUPED}),
     "jitter": ("MoE", {"layers": 1}, {"hidden": 16, "noise": InputJitter(eps=0.1)}),

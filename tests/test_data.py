@@ -113,10 +113,22 @@ def test_an_unknown_character_is_named(corpus):
         corpus.encode("\ud800")
 
 
-@pytest.mark.parametrize("bad", [96, -1, 0.5])
+@pytest.mark.parametrize("bad", [96, -1])
 def test_an_unknown_id_is_refused(corpus, bad):
     with pytest.raises(ValueError, match=rf"Corpus\.decode: .*vocab_size \(96\), got {bad}\. Dec"):
         corpus.decode([0, bad])
+
+
+@pytest.mark.parametrize("bad", [[0.0, 1.0], [True, False], [[1, 2], [3, 4]], 1, "a"])
+def test_only_a_row_of_integers_can_be_decoded(corpus, bad):
+    with pytest.raises(ValueError, match=r"Corpus\.decode: ids must be a row of integers, got "):
+        corpus.decode(bad)
+    assert corpus.decode([]) == ""
+
+
+def test_windows_are_cut_from_an_array_only():
+    with pytest.raises(ValueError, match="windows: ids must be an array, got list"):
+        data.windows([1, 2, 3], 1)
 
 
 def test_files_that_cannot_be_read_are_explained(tmp_path):
@@ -295,8 +307,9 @@ def test_impossible_tasks_and_samples_are_refused(task):
             clusters.cluster_task(0, spread=spread)
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         clusters.sample_clusters(0, task, 0)
-    with pytest.raises(ValueError, match="dtype must be floating, got int64"):
-        clusters.sample_clusters(0, task, 3, np.int64)
+    for dtype in (np.int64, "float16", "zz"):
+        with pytest.raises(ValueError, match="sample_clusters: dtype must be one of 'float32', "):
+            clusters.sample_clusters(0, task, 3, dtype)
 
 
 def test_an_alphabet_of_65536_characters_still_fits_16_bits():

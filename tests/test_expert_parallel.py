@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from moe_numpy import machine, processes, tree
+from moe_numpy.classroom import registry
 from moe_numpy.config import (
     Capacity,
     ExpertChoice,
@@ -26,8 +27,9 @@ from moe_numpy.config import (
     SwitchLoss,
 )
 from moe_numpy.moe import experts, layer, router
+from moe_numpy.ops import activation
 from moe_numpy.training import expert_parallel, shards
-from moe_numpy.transformer import model
+from moe_numpy.transformer import decode, generation, model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such processes")
 
@@ -383,6 +385,60 @@ def test_a_process_that_is_forked_within_the_block_computes_alone_and_delays_no_
     assert time.monotonic() - started < processes.PATIENCE / 2
     ours.send("done")
     process.join()
+
+
+def test_a_forked_process_cannot_use_what_the_block_keeps():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    alone = both_ways(x_NC, dy_NC, params, cfg, None)
+    fork = multiprocessing.get_context("fork")
+
+    def other():
+        nonlocal freed
+        del freed  # the members are not told of it
+        with pytest.raises(ValueError, match="expert_parallel: only the caller of the block may"):
+            layer.moe_backward(2 * dy_NC, np.float32(1), cache)
+        with pytest.raises(ValueError, match="expert_parallel: only the process that started its"):
+            crew._each(_settings)
+        crew.__exit__()  # as where an error leaves the block
+        theirs.send("right")
+
+    ours, theirs = fork.Pipe()
+    with parallel(params) as (shared, crew):
+        y_NC, aux, _, freed = layer.moe_forward(x_NC, shared, cfg)
+        *_, cache = layer.moe_forward(x_NC, shared, cfg)
+        process = fork.Process(target=other)
+        process.start()
+        process.join(30)
+        assert process.exitcode == 0 and ours.recv() == "right"
+        for kept in (cache, freed):
+            both = y_NC, aux, *layer.moe_backward(dy_NC, np.ones_like(aux), kept)
+            assert tiny.same_bits(alone, both)
+
+
+def test_nothing_is_swapped_while_processes_go_on_with_what_stood_there():
+    cfg = tiny.moe()
+    x_NC, _, params, _ = drawn(cfg)
+    y_NC, *_ = layer.moe_forward(x_NC, params, cfg)
+    doubled = lambda x: tuple(2 * a if i == 0 else a for i, a in enumerate(gelu(x)))  # noqa: E731
+    gelu = activation.gelu_tanh_forward
+    with parallel(params) as (shared, _):
+        with pytest.raises(ValueError, match="swap: no processes may be at work, got some"):
+            with registry.swap("gelu_tanh_forward", doubled):
+                pass
+        assert activation.gelu_tanh_forward is gelu
+        assert (layer.moe_forward(x_NC, shared, cfg)[0] == y_NC).all()
+    with registry.swap("gelu_tanh_forward", doubled), parallel(params) as (shared, _):
+        assert np.allclose(layer.moe_forward(x_NC, shared, cfg)[0], 2 * y_NC)
+
+
+def test_generation_shares_nothing_out_however_many_rows_it_has():
+    cfg = tiny.model(tiny.moe())
+    params = model.init_model(0, cfg)
+    prompt = np.arange(decode.SHORT + 2) % cfg.vocab_size
+    written = list(generation.generate(prompt, params, cfg, 2 * cfg.context, 0))
+    with expert_parallel.expert_parallel(params, 1, 2) as shared:
+        assert list(generation.generate(prompt, shared, cfg, 2 * cfg.context, 0)) == written
 
 
 def _settings(crew, rank):

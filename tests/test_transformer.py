@@ -20,6 +20,7 @@ from moe_numpy.config import (
     LoadLoss,
     ModelConfig,
     MoEConfig,
+    Shared,
     SwitchLoss,
     ZLoss,
 )
@@ -551,6 +552,8 @@ def test_keys_and_values_of_another_model_or_batch_are_refused():
         (new(batch=2), r"the shapes of kv must be .* got \{\(2, "),
         (new(context=T + 1), "the shapes of kv must be those of tokens and model"),
         (new(dtype="float32"), "the types of kv must be .*float64.* got {'float32'}"),
+        ((), r"an entry of its own for each layer \(2\), got 0"),
+        ((None, new()[0]), r"the entries of kv must be \({'KeyValues'}\), got .*'NoneType'"),
     ):
         with pytest.raises(ValueError, match=f"model_forward: .*{words}"):
             model.model_forward(np.array([[1]]), draw(0, cfg), cfg, kv=kv)
@@ -707,6 +710,65 @@ def test_parameters_with_more_than_the_configuration_says_are_refused():
         next(generation.generate(np.zeros(1, int), whole, cfg, 1))
 
 
+LAYER = {"num_experts": 4, "top_k": 2, "hidden": 5, "activation": "silu"}
+OTHER_EXPERTS = {
+    "experts.up_ECF must be there": {"activation": "swiglu"},
+    "the parameters must be of 3 experts of hidden width 5": {"num_experts": 3},
+    "the parameters must be of 4 experts of hidden width 4": {"hidden": 4},
+    "shared must be there": {"shared": Shared(hidden=3)},
+    "router.offset_E must be there": {"router_bias": True},
+    "router.bias_E must be there": {"bias_rate": 0.1},
+    "experts.in_EF must be there": {"expert_bias": True},
+}
+
+
+@pytest.mark.parametrize("words", OTHER_EXPERTS)
+def test_generation_refuses_experts_of_another_configuration_before_the_first_token(words):
+    cfg = config(moe=MoEConfig(**LAYER), hidden=None)
+    other = dataclasses.replace(cfg, moe=MoEConfig(**LAYER | OTHER_EXPERTS[words]))
+    for prompt in ([1], [1] * T):
+        with pytest.raises(ValueError, match=f"^generate: {words}"):
+            generation.generate(np.array(prompt), draw(0, cfg), other, 1)
+
+
+def test_generation_refuses_experts_of_another_width_or_type():
+    cfg = config(moe=MoEConfig(**LAYER), hidden=None)
+    wide = moe_layer.init_moe(0, cfg.moe, cfg.width + 1, "float64")
+    half = moe_layer.init_moe(0, cfg.moe, cfg.width, "float32")
+    for feed, words in ((wide, "the width of the experts"), (half, "the type of the experts")):
+        params = draw(0, cfg)
+        blocks = tuple(block._replace(feed=feed) for block in params.blocks)
+        with pytest.raises(ValueError, match=f"^generate: {words} in layer 0 must be "):
+            generation.generate(np.array([1]), params._replace(blocks=blocks), cfg, 1)
+
+
+def test_types_and_depths_that_there_are_not_are_refused():
+    cfg = config(moe=MoEConfig(**LAYER), hidden=None)
+    for dtype in ("flaot32", "float16", int, None):
+        with pytest.raises(ValueError, match="draw_noise: dtype must be one of 'float32', "):
+            model.draw_noise(0, cfg, 4, dtype)
+        with pytest.raises(ValueError, match="init_model: dtype must be one of 'float32', "):
+            model.init_model(0, cfg, dtype)
+    for dtype in (np.float32, np.dtype("float32")):
+        assert model.init_model(0, cfg, dtype).token_VC.dtype == "float32"
+    with pytest.raises(ValueError, match="init_moe: depth must be a whole number of at least 1"):
+        moe_layer.init_moe(0, cfg.moe, cfg.width, "float32", 0)
+
+
+def test_a_number_of_numpys_does_not_decide_the_type_of_the_loss():
+    cfg = config()
+    token, params = np.zeros((2, 3), int), model.init_model(0, cfg)
+    plain, _, _ = model.loss_forward(token, token, params, cfg, smoothing=0.1)
+    loss, _, _ = model.loss_forward(token, token, params, cfg, smoothing=np.float64(0.1))
+    assert loss.dtype == "float32" and loss == plain
+
+
+@pytest.mark.parametrize("logits", [[0.1, 0.2], np.zeros((1, 2)), np.zeros(0)])
+def test_probabilities_of_what_is_no_row_of_logits_are_refused(logits):
+    with pytest.raises(ValueError, match="sampling_probabilities: the logits must be a"):
+        generation.sampling_probabilities(logits)
+
+
 def test_the_doors_take_a_seed_for_a_generator():
     cfg = dataclasses.replace(config(), moe=EXPERTS, hidden=None)
     assert tiny.same_bits(model.init_model(3, cfg), model.init_model(np.random.default_rng(3), cfg))
@@ -807,9 +869,11 @@ def test_upstream_gradients_of_another_form_are_refused():
     for wrong in (logits.swapaxes(0, 1), logits[0], logits.astype("float32"), logits.tolist()):
         with pytest.raises(ValueError, match="model_backward: dlogits must"):
             model.model_backward(wrong, 1.0, cache)
-    for wrong in (None, np.ones(4), [1.0]):
+    for wrong in (None, np.ones(4), [1.0], 1j, np.array(1j), np.array("1"), "1"):
         with pytest.raises(ValueError, match="model_backward: daux must be one number"):
             model.model_backward(logits, wrong, cache)
+    with pytest.raises(ValueError, match="daux must be one number, got complex128"):
+        model.model_backward(logits, np.array(1j), cache)
     _, _, cache = model.loss_forward(token, token, draw(0, cfg), cfg)
     with pytest.raises(ValueError, match="loss_backward: dloss must be one number, got NoneType"):
         model.loss_backward(None, cache)

@@ -20,6 +20,8 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
+from moe_numpy import processes
+from moe_numpy.config import rules
 from moe_numpy.transformer import decode
 
 PACKAGES = ("moe_numpy.ops", "moe_numpy.moe", "moe_numpy.transformer")
@@ -81,8 +83,11 @@ def swap(name: str, fn: Callable) -> Iterator[Callable]:
 
     `name` is the function's own, as in "softmax_backward" or "top_k". Swaps nest.
 
-    Raises     ValueError if no module, or more than one, defines that function
+    Raises     ValueError if no module, or more than one, defines that function, or processes are at
+               work, which would go on with what stood there
     """
+    rule, advice = "no processes may be at work", "Swap before they start: around their block."
+    rules.require(not processes.are_at_work(), "swap", rule, "some", advice)
     homes = _homes(PACKAGES)
     if name not in homes:
         raise ValueError(unknown("swap", "function", name, homes))

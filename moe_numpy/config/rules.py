@@ -24,8 +24,8 @@ def plain_numbers(config: Any) -> None:
     for field in dataclasses.fields(config):
         came = getattr(config, field.name)
         if isinstance(came, tuple):
-            came = tuple(map(_plain, came))
-        object.__setattr__(config, field.name, _plain(came))  # the fields are frozen
+            came = tuple(map(plain, came))
+        object.__setattr__(config, field.name, plain(came))  # the fields are frozen
 
 
 def one_of(who: str, name: str, came: Any, allowed: tuple) -> None:
@@ -33,6 +33,13 @@ def one_of(who: str, name: str, came: Any, allowed: tuple) -> None:
     choices = ", ".join(repr(choice) for choice in allowed)
     fine = isinstance(came, str | None) and came in allowed
     require(fine, who, f"{name} must be one of {choices}", repr(came), "")
+
+
+def float_type(who: str, dtype: Any) -> None:
+    """Refuse what names neither float32 nor float64."""
+    names = ("float32", "float64")
+    fine = any(dtype == name or getattr(dtype, "__name__", None) == name for name in names)
+    require(fine, who, f"dtype must be one of {names[0]!r}, {names[1]!r}", repr(dtype), "")
 
 
 def array(who: str, name: str, came: Any) -> None:
@@ -56,14 +63,14 @@ def instance(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
 
 def not_negative(who: str, name: str, came: Any) -> None:
     """Refuse what is negative or not finite."""
-    fine = _is_number(came) and 0 <= _plain(came) <= LARGEST
+    fine = _is_number(came) and 0 <= plain(came) <= LARGEST
     rule = f"{name} must not be negative, and finite"
     require(fine, who, rule, repr(came), "Use 0 for none.")
 
 
 def positive(who: str, name: str, came: Any, advice: str) -> None:
     """Refuse what is not positive or not finite."""
-    fine = _is_number(came) and 0 < _plain(came) <= LARGEST
+    fine = _is_number(came) and 0 < plain(came) <= LARGEST
     require(fine, who, f"{name} must be positive and finite", repr(came), advice)
 
 
@@ -91,9 +98,10 @@ def positive_weight(term: Any) -> None:
     positive(type(term).__name__, "weight", term.weight, "Leave the term out instead.")
 
 
-def _plain(came: Any) -> Any:
+def plain(came: Any) -> Any:
+    """Turn a number of NumPy's into Python's own, which decides the type of no array."""
     return came.item() if isinstance(came, Real) and hasattr(came, "item") else came
 
 
 def _is_number(came: Any) -> bool:
-    return isinstance(_plain(came), int | float) and not isinstance(came, bool)
+    return isinstance(plain(came), int | float) and not isinstance(came, bool)

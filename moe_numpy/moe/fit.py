@@ -19,33 +19,9 @@ def check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -
     Raises     ValueError
     """
     rules.array("moe_forward", "x", x_NC)
+    check_parameters("moe_forward", params, cfg)
     in_ECF = params.experts.in_ECF
-    E, C, F = in_ECF.shape
-    check_type("moe_forward", in_ECF.dtype)
-    if (E, F) != (cfg.num_experts, cfg.hidden):
-        raise ValueError(
-            f"moe_forward: the parameters must be of {cfg.num_experts} experts of hidden width "
-            f"{cfg.hidden}, as the configuration says, got {E} of {F}. Draw them with `init_moe`."
-        )
-    kind = _kind_of_router(cfg)
-    if not isinstance(params.router, kind):
-        raise ValueError(
-            f"moe_forward: the router must be of the type {kind.__name__}, as the configuration "
-            f"says, got {type(params.router).__name__}. Draw the parameters with `init_moe`."
-        )
-    for name, part, wanted, shape in _expected(params, cfg, C):
-        if (part is not None) != wanted:
-            raise ValueError(
-                f"moe_forward: {name} must {'be there' if wanted else 'be None'}, as the "
-                f"configuration says, got {type(part).__name__}. Draw the parameters with "
-                "`init_moe`."
-            )
-        if shape is not None and wanted and (part.shape != shape or part.dtype != in_ECF.dtype):
-            raise ValueError(
-                f"moe_forward: {name} must have the shape {shape} and the type {in_ECF.dtype}, as "
-                f"configuration and experts.in_ECF say, got {part.shape} and {part.dtype}. Draw "
-                "the parameters with `init_moe`."
-            )
+    C = in_ECF.shape[1]
     if x_NC.ndim != 2 or x_NC.shape[1] != C or x_NC.dtype != in_ECF.dtype:
         raise ValueError(
             f"moe_forward: x must have the shape (tokens, {C}) and the type {in_ECF.dtype}, as the "
@@ -54,6 +30,40 @@ def check(x_NC: Array, params: MoEParams, cfg: MoEConfig, noise: Array | None) -
     if noise is not None:
         rules.array("moe_forward", "the noise", noise)
         router.check_noise(noise, cfg, *x_NC.shape, in_ECF.dtype)
+
+
+def check_parameters(who: str, params: MoEParams, cfg: MoEConfig) -> None:
+    """Refuse parameters of another configuration.
+
+    Raises     ValueError
+    """
+    in_ECF = params.experts.in_ECF
+    E, C, F = in_ECF.shape
+    check_type(who, in_ECF.dtype)
+    if (E, F) != (cfg.num_experts, cfg.hidden):
+        raise ValueError(
+            f"{who}: the parameters must be of {cfg.num_experts} experts of hidden width "
+            f"{cfg.hidden}, as the configuration says, got {E} of {F}. Draw them with `init_moe`."
+        )
+    kind = _kind_of_router(cfg)
+    if not isinstance(params.router, kind):
+        raise ValueError(
+            f"{who}: the router must be of the type {kind.__name__}, as the configuration "
+            f"says, got {type(params.router).__name__}. Draw the parameters with `init_moe`."
+        )
+    for name, part, wanted, shape in _expected(params, cfg, C):
+        if (part is not None) != wanted:
+            raise ValueError(
+                f"{who}: {name} must {'be there' if wanted else 'be None'}, as the "
+                f"configuration says, got {type(part).__name__}. Draw the parameters with "
+                "`init_moe`."
+            )
+        if shape is not None and wanted and (part.shape != shape or part.dtype != in_ECF.dtype):
+            raise ValueError(
+                f"{who}: {name} must have the shape {shape} and the type {in_ECF.dtype}, as "
+                f"configuration and experts.in_ECF say, got {part.shape} and {part.dtype}. Draw "
+                "the parameters with `init_moe`."
+            )
 
 
 def check_type(who: str, dtype: Any) -> None:
@@ -86,9 +96,10 @@ def upstream_number(who: str, name: str, came: Any, dtype: Any) -> Array:
 
     Raises     ValueError
     """
-    if not isinstance(came, Real) and getattr(came, "shape", None) != ():
-        shape = getattr(came, "shape", None)
-        kind = type(came).__name__ if shape is None else f"the shape {shape}"
+    shape, dtype_came = getattr(came, "shape", None), getattr(came, "dtype", None)
+    one = shape == () and getattr(dtype_came, "kind", "none") in "biuf"
+    if not isinstance(came, Real) and not one:
+        kind = f"the shape {shape}" if shape else str(dtype_came or type(came).__name__)
         raise ValueError(
             f"{who}: {name} must be one number, got {kind}. Pass 1.0, or 0.0 for none."
         )

@@ -32,8 +32,9 @@ def init_moe(
 
     Raises     ValueError if `dtype` is not "float32" or "float64", or `width` is not positive
     """
-    rules.one_of("init_moe", "dtype", dtype, ("float32", "float64"))
+    rules.float_type("init_moe", dtype)
     rules.whole_number("init_moe", "width", width, 1)
+    rules.whole_number("init_moe", "depth", depth, 1)
     rng = default_rng(rng)
     init_routing = router.init_router
     if isinstance(cfg.selection, Hierarchy):

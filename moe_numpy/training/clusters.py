@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_numpy.config import rules
+
 HIDDEN = 16  # hidden units of every target function
 GAIN = 2.0  # standard deviation before the tanh: well beyond its linear part
 
@@ -143,14 +145,11 @@ def sample_clusters(
     Raises
     ------
     ValueError
-        If `n` is not positive or `dtype` is not a floating type.
+        If `n` is not positive or `dtype` is neither float32 nor float64.
     """
     if n < 1:
         raise ValueError(f"sample_clusters: n must be at least 1, got {n}. Raise n.")
-    if np.dtype(dtype).kind != "f":
-        raise ValueError(
-            f"sample_clusters: dtype must be floating, got {np.dtype(dtype)}. Try float32."
-        )
+    rules.float_type("sample_clusters", dtype)
     rng = np.random.default_rng(rng)
     clusters, width_in = task.center_EC.shape
     cluster_N = rng.integers(clusters, size=n)

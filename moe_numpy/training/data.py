@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_numpy.config import rules
+
 DOMAINS = ("english", "code", "arithmetic")
 PASSAGE = 1000  # characters of one domain before the next takes its turn
 
@@ -64,6 +66,9 @@ class Corpus:
     def decode(self, ids: np.ndarray) -> str:
         """Return the text that a 1-D array of ids stands for; ValueError if one has no meaning."""
         ids = np.asarray(ids)
+        row, what = ids.ndim == 1 and (not ids.size or ids.dtype.kind in "iu"), "Corpus.decode"
+        came = f"{ids.dtype} of the shape {ids.shape}"
+        rules.require(row, what, "ids must be a row of integers", came, "Decode row by row.")
         unknown = ids[~np.isin(ids, np.arange(self.vocab_size))]
         if unknown.size:
             raise ValueError(
@@ -228,6 +233,7 @@ def windows(ids: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _require_window(who: str, what: str, ids: np.ndarray, context: int) -> None:
+    rules.array(who, what, ids)
     if context < 1:
         raise ValueError(f"{who}: context must be at least 1, got {context}. Raise context.")
     if len(ids) < context + 1:

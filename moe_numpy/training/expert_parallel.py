@@ -133,6 +133,8 @@ class _Crew(processes.Processes):
         with self._lock:
             rule, got = "its processes must be at work", "their end, or that of the block"
             rules.require(self.at_work, WHO, rule, got, "Begin the block anew.")
+            rule, got = "only the caller of the block may use its caches", "a process forked beside"
+            rules.require(self.is_caller(), WHO, rule, got, "Run the forward there, too.")
             freed = [self.freed.pop() for _ in range(len(self.freed))]
             order = _Order(freed, ticket.number, ticket.layer, ticket.shape)
             table_RC = self.table(order)

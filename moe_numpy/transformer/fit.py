@@ -8,10 +8,10 @@ from moe_numpy.backend import Array
 from moe_numpy.config import GATED, ModelConfig, rules
 from moe_numpy.moe import fit as moe_fit
 from moe_numpy.moe import layer as moe_layer
+from moe_numpy.transformer import attention
 
 if TYPE_CHECKING:
     from moe_numpy.moe.mlp import MLPParams
-    from moe_numpy.transformer.attention import AttentionParams, KeyValues
     from moe_numpy.transformer.block import BlockParams, NormParams
     from moe_numpy.transformer.model import ModelParams
 
@@ -53,7 +53,7 @@ def check_targets(who: str, token_BT: Array, target_BT: Array) -> None:
 
 
 def check_kv(
-    kv: tuple[KeyValues, ...] | None, token_BT: Array, dtype: Any, cfg: ModelConfig
+    kv: tuple[attention.KeyValues, ...] | None, token_BT: Array, dtype: Any, cfg: ModelConfig
 ) -> None:
     """Refuse keys and values of another configuration or batch, or that do not go on together.
 
@@ -63,9 +63,14 @@ def check_kv(
         return
     wanted = token_BT.shape[0], cfg.kv_heads or cfg.heads, cfg.context, cfg.head_width
     advice = "Make one `KeyValues` for each layer, of this batch, and let all read every token."
+    kinds = {type(entry).__name__ for entry in kv}
     for rule, came, right in (
         ("kv must have an entry of its own for each layer", len({*map(id, kv)}), cfg.layers),
         ("kv must have as many entries as there are layers", len(kv), cfg.layers),
+        ("the entries of kv must be", kinds, {attention.KeyValues.__name__}),
+    ):
+        rules.require(came == right, "model_forward", f"{rule} ({right})", came, advice)
+    for rule, came, right in (
         ("the lengths of kv must be equal", {entry.length for entry in kv}, {kv[0].length}),
         ("the shapes of kv must be those of tokens and model", {e.shape for e in kv}, {wanted}),
         ("the types of kv must be that of the model", {str(e.dtype) for e in kv}, {str(dtype)}),
@@ -96,6 +101,20 @@ def check_parameters(who: str, params: ModelParams, cfg: ModelConfig) -> None:
         _same(who, name, None if leaf is None else leaf.shape, shape)
         if leaf is not None and leaf.dtype != dtype:
             _same(who, f"the type of {name}", str(leaf.dtype), str(dtype))
+
+
+def check_experts(who: str, params: ModelParams, cfg: ModelConfig) -> None:
+    """Refuse experts and routers of another configuration, where no `moe_forward` looks at them.
+
+    Raises     ValueError
+    """
+    for layer, part in enumerate(params.blocks):
+        if cfg.is_moe(layer):
+            moe_fit.check_parameters(who, part.feed, cfg.moe)
+            in_ECF = part.feed.experts.in_ECF
+            _same(who, f"the width of the experts in layer {layer}", in_ECF.shape[1], cfg.width)
+            dtype = str(params.token_VC.dtype)
+            _same(who, f"the type of the experts in layer {layer}", str(in_ECF.dtype), dtype)
 
 
 def check_noise(noise: tuple[Array | None, ...] | None, cfg: ModelConfig) -> None:
@@ -144,7 +163,7 @@ def _of_norm(
     ]
 
 
-def _of_attention(name: str, own: AttentionParams, cfg: ModelConfig) -> list[Leaf]:
+def _of_attention(name: str, own: attention.AttentionParams, cfg: ModelConfig) -> list[Leaf]:
     C, H, G, D = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads, cfg.head_width
     q_HD, k_GD, out_C = ((H, D), (G, D), (C,)) if cfg.attention_bias else (None, None, None)
     q_gain = k_gain = (D,) if cfg.qk_norm == "head" else None

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 
 from numpy.random import Generator, default_rng
 
+from moe_numpy import processes
 from moe_numpy.backend import Array, on_host, to_device, to_host, xp
 from moe_numpy.config import ModelConfig, rules
 from moe_numpy.ops import linear, softmax
@@ -36,8 +37,12 @@ def sampling_probabilities(
     Raises
     ------
     ValueError
-        if a knob is out of range.
+        if the logits are no row of at least one number, or a knob is out of range.
     """
+    rules.array("sampling_probabilities", "the logits", logits_V)
+    rule, shape = "the logits must be a row of at least one", f"the shape {logits_V.shape}"
+    row = logits_V.ndim == 1 and logits_V.size > 0
+    rules.require(row, "sampling_probabilities", rule, shape, "Pass those of one token.")
     _check_sampling(temperature, top_k, top_p)
     logits_V = logits_V.astype("float64")
     below_V = logits_V - logits_V.max()
@@ -100,6 +105,7 @@ def generate(
         raise ValueError("generate: the prompt must hold at least one token, got none. Give one.")
     rules.whole_number("generate", "tokens", tokens, 0)
     fit.check_parameters("generate", params, cfg)
+    fit.check_experts("generate", params, cfg)
     linear.check_vocabulary("generate", prompt_T, cfg.vocab_size)
     history = [int(token) for token in prompt_T]
     knobs = (temperature, top_k, top_p)
@@ -126,7 +132,8 @@ def _continue(
             for token in unread:
                 logits_V = decode.next_logits(token, params, ready, cfg, kv)
         else:
-            logits_BTV, _, _, _ = model.model_forward(to_device([unread]), params, cfg, kv=kv)
+            with processes.holding(None):  # how many rows there are changes from call to call
+                logits_BTV, _, _, _ = model.model_forward(to_device([unread]), params, cfg, kv=kv)
             logits_V = logits_BTV[0, -1]
         token = _draw(logits_V, rng, *knobs)
         history.append(token)

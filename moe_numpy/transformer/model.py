@@ -40,7 +40,7 @@ def init_model(rng: Generator | int, cfg: ModelConfig, dtype: str = "float32") -
 
     Raises     ValueError if `dtype` is not "float32" or "float64"
     """
-    rules.one_of("init_model", "dtype", dtype, ("float32", "float64"))
+    rules.float_type("init_model", dtype)
     rng = default_rng(rng)
     V, C = cfg.vocab_size, cfg.width
     learned = cfg.positions == "learned"
@@ -62,7 +62,7 @@ def draw_noise(
 
     Raises     ValueError if `dtype` is not "float32" or "float64", or `tokens` is negative
     """
-    rules.one_of("draw_noise", "dtype", str(xp.dtype(dtype)), ("float32", "float64"))
+    rules.float_type("draw_noise", dtype)
     rules.whole_number("draw_noise", "tokens", tokens, 0)
     rng = default_rng(rng)
     drawn = tuple(
@@ -101,7 +101,7 @@ def model_forward(
                configuration
     Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
     """
-    start = kv[0].length if kv else 0
+    start = getattr(kv[0], "length", 0) if kv else 0
     fit.check_tokens(token_BT, start, cfg)
     fit.check_parameters("model_forward", params, cfg)
     fit.check_kv(kv, token_BT, params.token_VC.dtype, cfg)
@@ -189,6 +189,7 @@ def loss_forward(
     Source     Fedus et al. 2022, section 2.2 (the balance loss is added to the model's)
     """
     rules.share("loss_forward", "smoothing", smoothing)
+    smoothing = rules.plain(smoothing)
     fit.check_targets("loss_forward", token_BT, target_BT)
     logits_BTV, aux, reports, model_cache = model_forward(token_BT, params, cfg, noise)  # 1.
     logits_NV = logits_BTV.reshape(-1, cfg.vocab_size)
