@@ -314,9 +314,9 @@ for ax, title, p_E, kept_E in (
 figure.tight_layout()
 
 # %% [markdown]
-# A plain `0` is an exact zero, a `0.00` is only small. Every row sums to zero: adding the same
-# number to all logits changes no gate. With raw gates every column is alive, with renormalized ones
-# only those of the chosen experts, and on the right nothing is left.
+# (In such pictures a plain `0` is an exact zero, and a `0.00` is only small.) Every row sums to
+# zero: adding the same number to all logits changes no gate. With raw gates every column is alive,
+# with renormalized ones only those of the chosen experts, and on the right nothing is left.
 #
 # Now the same with loops, the formulas of 4.3 and 4.4 word for word, for all eight tokens. The
 # upstream gradient `dgate_NK` is random: all ones would hide most mistakes, because gates that sum
