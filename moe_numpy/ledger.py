@@ -200,7 +200,7 @@ def step_memory(cfg: ModelConfig, batch: int, moments: int = 2) -> StepMemory:
     in_last = sum(kept) + 2 * C + 2 * V + max(map(sum, zip(live, made, strict=True)))
     in_first = max(map(sum, zip(left, made, strict=True)))
     parameters = 4 * count(cfg).parameters
-    first = parameters // max(cfg.layers, 1)  # gradients
+    first = parameters // cfg.layers  # gradients of one layer, about
     peak = max(4 * tokens * max(at_loss, in_last) + first, 4 * tokens * in_first + parameters)
     return StepMemory(
         parameters=parameters,

@@ -12,6 +12,7 @@ import contextvars
 import itertools
 import mmap
 import os
+import pickle
 import select
 import signal
 import sys
@@ -55,6 +56,7 @@ class Processes:
         import multiprocessing  # not with the package: few need it, and it is slow to import
 
         fork = multiprocessing.get_context("fork")
+        self._lines = []
         machine.give_memory_back()
         with contextlib.ExitStack() as end:
             end.enter_context(machine.one_product_a_thread() or contextlib.nullcontext())
@@ -76,12 +78,12 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self.at_work = False
         _started.remove(self)
-        if os.getpid() == self._caller:  # the end of one forked beside is not that of the members
+        if self.is_ours():  # the end of one forked beside is not that of the members
             self._end.close()
 
-    def is_caller(self) -> bool:
-        """Tell whether this is the process whose members are at work, not one forked beside."""
-        return self.at_work and os.getpid() == self._caller
+    def is_ours(self) -> bool:
+        """Tell whether this process has started the members, not one forked beside them."""
+        return os.getpid() == self._caller
 
     def _each(self, do: Callable[..., list], *arguments: Any) -> list:
         """Let every member do its share: list the results, which are dealt to them in turns.
@@ -90,8 +92,8 @@ class Processes:
                    not the process that started them
         """
         rule = "only the process that started its members may ask them"
-        fine, came = os.getpid() == self._caller, "one forked beside them"
-        rules.require(fine, self.who, rule, came, "Begin a block of its own.")
+        advice = "Begin a block of its own."
+        rules.require(self.is_ours(), self.who, rule, "one forked beside them", advice)
         try:
             order = (do, arguments, np.geterr())
             for line in self._lines:
@@ -124,7 +126,11 @@ def _serve(team: Processes, rank: int, line: Connection) -> None:
         while (order := _receive(line)) is not None:
             do, arguments, settings = order
             with np.errstate(**settings):
-                line.send(_attempt(do, team, rank, arguments))
+                answer = _attempt(do, team, rank, arguments)
+            try:
+                line.send(answer)
+            except (TypeError, AttributeError, pickle.PicklingError) as problem:
+                line.send(RuntimeError(f"{answer!r} could not be sent: {problem}"))
 
 
 def _receive(line: Connection) -> Any:
@@ -155,7 +161,7 @@ def _dismiss(member: Any, line: Connection) -> None:
 
 def are_at_work() -> bool:
     """Tell whether this process has others at work: they do not see what it changes in itself."""
-    return any(crew.is_caller() for crew in _started)
+    return any(crew.at_work and crew.is_ours() for crew in _started)
 
 
 @contextlib.contextmanager

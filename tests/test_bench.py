@@ -320,53 +320,57 @@ def test_every_matrix_product_of_a_step_is_noted(monkeypatch):
     counts = {}
     for name in ("dense", "MoE", "Mixtral"):
         run = run_of(name)
-        counts[name] = len(bench_products.products_of_step(run))
+        [products] = bench_products.products_of_step(run)
+        counts[name] = len(products)
         assert type(run.params.token_VC) is np.ndarray
     # One layer: 8, 7 + 8 * 2 or 7 + 8 * 3 products, and the head; each is three with its backward.
     assert counts == {"dense": 27, "MoE": 72, "Mixtral": 96}
 
 
-def test_the_products_of_two_shards_are_replayed_on_two_threads(monkeypatch):
+def test_each_shard_has_products_of_its_own():
     run = run_of("dense", shards=2)
-    together, of_one = threading.Barrier(2, timeout=60), shards.of_one
-
-    def beside_the_other(*arguments):  # so that no thread takes both shards
-        together.wait()
-        return of_one(*arguments)
-
-    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool, machine.sharing(pool):
-        patch.setattr(shards, "of_one", beside_the_other)
-        products = bench_products.products_of_step(run)
-        found = bench_products.measure(run, 1)
-    alone = bench_products.products_of_step(run_of("dense"))
-    assert len({thread for thread, *_ in products}) == 2 and len(products) == 2 * len(alone)
-    assert bench_products.flops(products) == bench_products.flops(alone)
+    halves, [whole] = (bench_products.products_of_step(r) for r in (run, run_of("dense")))
+    assert [len(half) for half in halves] == [len(whole)] * 2
+    assert sum(map(bench_products.flops, halves)) == bench_products.flops(whole)
+    found = bench_products.measure(run, 1)
+    assert found["calls"] == 2 * len(whole) and found["flops"] == bench_products.flops(whole)
     assert found["probe_flops"] == 2 * 2 * bench_products.PROBE**3
 
 
-def test_the_replay_computes_the_same_products_each_in_its_thread(monkeypatch):
-    rng, threads = np.random.default_rng(0), set()
-    multiply = bench_products._multiply
+def products(count, results):
+    rng = np.random.default_rng(0)
+    return [
+        [(*rng.random((2, 4, 4)), result) for result in results[i::count]] for i in range(count)
+    ]
+
+
+def are_right(lists):
+    return all((result == a @ b).all() for own in lists for a, b, result in own)
+
+
+def test_the_replay_computes_the_same_products_each_list_in_its_thread(monkeypatch):
+    threads, multiply = set(), bench_products._multiply
     noting = lambda own: (threads.add(threading.current_thread()), multiply(own))  # noqa: E731
     monkeypatch.setattr(bench_products, "_multiply", noting)
-    products = [(i % 2, *rng.random((2, 4, 4)), np.zeros((4, 4))) for i in range(6)]
-    with bench_products.replaying(products) as again:
+    lists = products(2, np.zeros((6, 4, 4)))
+    with bench_products.replaying(lists) as again:
         again()
-    assert all((result == a @ b).all() for _, a, b, result in products)
-    assert len(threads) == 2
+    assert are_right(lists) and len(threads) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has teams")
 def test_the_products_of_a_team_are_replayed_in_processes_as_often_as_they_are_asked_for():
-    rng = np.random.default_rng(0)
     results = np.frombuffer(mmap.mmap(-1, 8 * 6 * 16)).reshape(6, 4, 4)  # which processes share
-    products = [(i % 3, *rng.random((2, 4, 4)), results[i]) for i in range(6)]
-    with bench_products.replaying(products, processes=True) as multiply:
-        assert len(multiprocessing.active_children()) == 2
+    lists = products(3, results)
+    with bench_products.replaying(lists, split=True) as again:
+        one, _ = multiprocessing.active_children()
         for _ in range(2):
             results[:] = 0
-            multiply()
-            assert all((result == a @ b).all() for _, a, b, result in products)
+            again()
+            assert are_right(lists)
+        one.kill()
+        with pytest.raises(ChildProcessError, match="replay: every process must answer"):
+            again()
     assert not multiprocessing.active_children()
 
 
@@ -382,11 +386,14 @@ def test_the_operations_are_those_of_the_shapes():
     assert type(xp.empty(3)) is np.ndarray and isinstance(xp.matmul, np.ufunc)
 
 
-def test_the_step_is_the_same_while_it_is_watched():
-    one, two = run_of("Mixtral"), run_of("Mixtral")
-    loop.take_step(one)
-    bench_products.products_of_step(two)
-    pairs = zip(tree.leaves(one.params), tree.leaves(two.params), strict=True)
+def test_gradients_are_the_same_while_they_are_watched():
+    run = run_of("Mixtral")
+    token, target = np.random.default_rng(0).integers(0, run.cfg.vocab_size, (2, 4, 8))
+    _, plain = shards.gradients(token, target, run.params, run.cfg)
+    with bench_products.noted_products():
+        watched = bench_products.watch(run.params)
+        _, found = shards.gradients(token, target, watched, run.cfg)
+    pairs = zip(tree.leaves(plain), tree.leaves(found), strict=True)
     assert all(a.tobytes() == b.tobytes() for a, b in pairs)
 
 

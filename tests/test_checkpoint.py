@@ -1,5 +1,6 @@
 """Files that are whole or not there, and checkpoints that are refused with a reason."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -318,6 +319,14 @@ def test_another_text_is_refused(tmp_path):
     loop.save_run(path, tiny.run())
     with pytest.raises(ValueError, match="must be the one that the run was started on"):
         loop.load_run(path, tiny.corpus(seed=1))
+
+
+def test_the_same_text_cut_elsewhere_is_refused(tmp_path):
+    path, corpus = tmp_path / "run.npz", tiny.corpus()
+    loop.save_run(path, tiny.run())
+    shorter = dataclasses.replace(corpus, train=corpus.train[:-9])
+    with pytest.raises(ValueError, match=f"cut as it was: {len(corpus.train)} characters to train"):
+        loop.load_run(path, shorter)
 
 
 NESTED = functools.reduce(lambda inner, _: [inner], range(900), 1)

@@ -468,11 +468,14 @@ def test_rows_that_do_not_fit_are_refused_and_not_converted():
     cfg = tiny.moe()
     _, _, params, _ = drawn(cfg)
     offsets = (0, 2, 4, 6, 8)
-    with parallel(params) as (shared, _):
+    with parallel(params) as (shared, crew):
         for dy_RC in (np.ones((1, C), "f"), np.ones((8, C))):
             _, cache = experts.experts_forward(np.ones((8, C), "f"), shared.experts, cfg, offsets)
             with pytest.raises(ValueError, match=r"the rows must be \(8, 16\) of float32, got"):
                 experts.experts_backward(dy_RC, cache)
+        del cache  # the refused calls have not forgotten what is freed
+        _, _last = experts.experts_forward(np.ones((8, C), "f"), shared.experts, cfg, offsets)
+        assert [held for _, held in crew._each(_who)] == [1, 1]
 
 
 def test_more_rows_than_there_is_room_for_are_refused():

@@ -165,6 +165,31 @@ def test_the_arrays_lie_apart_on_lines_of_the_cache_and_keep_their_values():
 
 
 # --------------------------------------------------------------------------------------------- end
+def _fail_in_a_way_of_its_own(crew, rank):
+    class OwnError(Exception):
+        """One that no other process could know."""
+
+    if rank:
+        raise OwnError("of member 1")
+    return []
+
+
+def test_an_exception_that_cannot_be_sent_is_told_all_the_same():
+    with a_team(parts=2, size=2) as (_, crew):
+        with pytest.raises(
+            RuntimeError, match=r"OwnError\('of member 1'\) could not be sent: Can't"
+        ):
+            crew._each(_fail_in_a_way_of_its_own)
+        assert [rank for rank, _ in crew._each(_who)] == [0, 1]
+
+
+def test_members_can_be_started_again():
+    crew = processes.Processes(2)
+    for _ in range(2):
+        with crew:
+            assert [rank for rank, _ in crew._each(_who)] == [0, 1]
+
+
 def _fail(crew, rank):
     if rank == 1:
         raise FloatingPointError("overflow in member 1")

@@ -218,7 +218,7 @@ def this_machine(torch: bool) -> dict[str, Any]:
     """Describe what the numbers were measured on."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     others = ["threadpoolctl", *(["torch", "transformers"] if torch else [])]
-    found = ["numpy", *(name for name in others if importlib.util.find_spec(name))]
+    found = ["numpy", *filter(_is_installed, others)]
     versions = {name: metadata.version(name) for name in found}
     return {
         "cpu": _cpu(),

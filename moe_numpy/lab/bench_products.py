@@ -10,17 +10,14 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from moe_numpy import ledger, machine, tree
+from moe_numpy import ledger, processes, tree
 from moe_numpy.backend import xp
-from moe_numpy.training import data, loop, team
+from moe_numpy.training import data, loop, shards, team
 from moe_numpy.transformer import model
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 PROBE = 1024  # size of the square product that tells the machine's own rate
 
@@ -38,7 +35,7 @@ class Watched(np.ndarray):
         inputs = tuple(_plain(array) for array in inputs)
         result = getattr(ufunc, method)(*inputs, **knobs)
         if ufunc is np.matmul and min(array.ndim for array in inputs) > 1:
-            _noted.append((threading.get_ident(), *inputs, result))
+            _noted.append((*inputs, result))
         if out is not None:
             return out[0] if len(out) == 1 else out
         return tuple(map(_watch, result)) if isinstance(result, tuple) else _watch(result)
@@ -49,7 +46,7 @@ _noted: list[tuple] = []
 
 @contextlib.contextmanager
 def noted_products() -> Iterator[list[tuple]]:
-    """Note every matrix product of the mathematics inside the block: (thread, a, b, result).
+    """Note every matrix product of the mathematics inside the block: (a, b, result).
 
     What the mathematics allocates is watched by itself; parameters must be (`watch`). Unseen is
     only ``a @ b`` of two arrays that were both made before and are not watched.
@@ -71,67 +68,48 @@ def watch(arrays: tree.Tree) -> tree.Tree:
     return tree.map(_watch, arrays)
 
 
-def products_of_step(run: loop.Run) -> list[tuple]:
-    """Take a training step and list its matrix products."""
-    params = run.params
-    run.params = watch(params)
-    try:
+def products_of_step(run: loop.Run) -> list[list[tuple]]:
+    """List the matrix products of a training step: one list for each of its shards."""
+    training, params, found = run.training, watch(run.params), []
+    batch = data.sample_batch(0, run.corpus.train, training.batch, run.cfg.context)
+    noise = model.draw_noise(0, run.cfg, batch[0].size, run.params.token_VC.dtype)
+    for part in shards.cut(*batch, noise, training.shards):
         with noted_products() as noted:
-            loop.take_step(run)
-            return list(noted)
-    finally:
-        run.params = params
+            shards.of_one(part, params, run.cfg, training.smoothing, 1.0 / training.shards)
+            found.append(list(noted))
+    return found
 
 
 @contextlib.contextmanager
-def replaying(products: list[tuple], processes: bool = False) -> Iterator[Callable[[], None]]:
+def replaying(lists: list[list[tuple]], split: bool = False) -> Iterator[Callable[[], Any]]:
     """Give what computes the products again, alone, on the same arrays.
 
-    The products of each thread of the step are computed in a thread of their own, or each in a
-    process: threads would wait for each other's Python between two products.
+    Each list is computed in a thread of its own, or with `split` in a process: threads would wait
+    for each other's Python between two products.
     """
-    by_thread: dict[int, list[tuple]] = {}
-    for thread, *operands in products:
-        by_thread.setdefault(thread, []).append(operands)
-    own, *others = by_thread.values()
-    with contextlib.ExitStack() as end:
-        if not others:
-            yield lambda: _multiply(own)
-        elif processes:
-            lines = [end.enter_context(_helper(theirs)) for theirs in others]
-
-            def together() -> None:
-                for line in lines:
-                    line.send(True)
-                _multiply(own)
-                for line in lines:
-                    line.recv()
-
-            yield together
-        else:
-            yield functools.partial(_in_threads, [own, *others])
+    if len(lists) == 1:
+        yield lambda: _multiply(lists[0])
+    elif split:
+        with _Replay(lists) as crew:
+            yield lambda: crew._each(_replay)
+    else:
+        yield functools.partial(_in_threads, lists)
 
 
-@contextlib.contextmanager
-def _helper(products: list[tuple]) -> Iterator[Connection]:
-    """Start a process that computes the products whenever it gets a message, and answers."""
-    import multiprocessing  # as in `team`: it is slow to import
+class _Replay(processes.Processes):
+    """Processes that each compute a list of products."""
 
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
+    who = "replay"
+    advice = "Measure again."
 
-    def serve() -> None:
-        while theirs.recv():
-            _multiply(products)
-            theirs.send(True)
+    def __init__(self, lists: list[list[tuple]]) -> None:
+        super().__init__(len(lists))
+        self.lists = lists
 
-    helper = fork.Process(target=serve, daemon=True)
-    helper.start()
-    try:
-        yield ours
-    finally:
-        ours.send(False)
-        helper.join()
+
+def _replay(crew: _Replay, rank: int) -> list:
+    _multiply(crew.lists[rank])
+    return []
 
 
 def _in_threads(lists: list[list[tuple]]) -> None:
@@ -144,25 +122,22 @@ def _in_threads(lists: list[list[tuple]]) -> None:
 
 def flops(products: list[tuple]) -> int:
     """Count the multiplications and additions of the products."""
-    return sum(2 * result.size * a.shape[-1] for _, a, _, result in products)
+    return sum(2 * result.size * a.shape[-1] for a, _, result in products)
 
 
 def measure(run: loop.Run, repeats: int, crew: team.Team | None = None) -> dict[str, Any]:
     """Time steps, their products alone and the machine's own products in turns.
 
     The products of a shard are replayed as the step has them: in a process of their own where
-    `crew` takes the steps, else on a thread. The machine's own are large square ones, one in each.
+    `crew` takes the steps, else in a thread. The machine's own are large square ones, one in each.
 
     Returns     the seconds of each, the number of products, and their operations
     """
     loop.take_step(run, crew)
-    shards = run.training.shards
-    with machine.workers(shards if shards > 1 else 0):
-        products = products_of_step(run)
-    threads = len({thread for thread, *_ in products})
-    a, b, *outs = np.random.default_rng(0).random((2 + threads, PROBE, PROBE), np.float32)
-    squares = [(i, a, b, out) for i, out in enumerate(outs)]
-    whole, alone, probe, split = [], [], [], crew is not None
+    products, split = products_of_step(run), crew is not None
+    a, b, *outs = np.random.default_rng(0).random((2 + len(products), PROBE, PROBE), np.float32)
+    squares = [[(a, b, out)] for out in outs]
+    whole, alone, probe = [], [], []
     with replaying(products, split) as multiply, replaying(squares, split) as multiply_squares:
         for _ in range(repeats):
             whole.append(_seconds(lambda: loop.take_step(run, crew), 5))
@@ -172,9 +147,9 @@ def measure(run: loop.Run, repeats: int, crew: team.Team | None = None) -> dict[
         "step": whole,
         "products": alone,
         "probe": probe,
-        "calls": len(products),
-        "flops": flops(products),
-        "probe_flops": flops(squares),
+        "calls": sum(map(len, products)),
+        "flops": sum(map(flops, products)),
+        "probe_flops": sum(map(flops, squares)),
     }
 
 

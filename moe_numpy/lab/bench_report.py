@@ -102,9 +102,12 @@ def layer_summary(record: dict[str, Any], *others: dict[str, Any]) -> str:
             hidden, tokens = row["hidden"], row["tokens"]
             title = f"{row['experts']:,} experts of hidden {hidden}, {tokens:,} tokens"
             side = _closest(row)
+            if side is None:
+                continue
             time = f"{side['milliseconds']['median']:.4g} ({side['name']})"
             cells = [title, time, f"{_first(row):.4g}", _spread(side["ratio"])]
-            cells += [_spread(_closest(_same(row, other))["ratio"]) for other in others]
+            found = [_closest(_same(row, other)) for other in others]
+            cells += ["not measured" if side is None else _spread(side["ratio"]) for side in found]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -125,9 +128,9 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return next((found for found in other["rows"] if _title(found) == _title(row)), {"sides": []})
 
 
-def _closest(row: dict[str, Any]) -> dict[str, Any]:
-    """Choose the rival with the smallest ratio."""
-    return min(row["sides"][1:], key=lambda side: side["ratio"]["median"])
+def _closest(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Choose the rival with the smallest ratio; None if nobody was raced."""
+    return min(row["sides"][1:], key=lambda side: side["ratio"]["median"], default=None)
 
 
 def verdict_line(verdict: Verdict) -> str:

@@ -97,7 +97,7 @@ class _Crew(processes.Processes):
 
     def holds(self, params: experts.ExpertParams) -> bool:
         """Tell whether this process may ask the others for the experts with these arrays."""
-        return self.is_caller() and self._find(params) is not None
+        return self.at_work and self.is_ours() and self._find(params) is not None
 
     def forward(
         self, x_RC: Array, params: experts.ExpertParams, cfg: MoEConfig, offsets: tuple[int, ...]
@@ -134,12 +134,13 @@ class _Crew(processes.Processes):
             rule, got = "its processes must be at work", "their end, or that of the block"
             rules.require(self.at_work, WHO, rule, got, "Begin the block anew.")
             rule, got = "only the caller of the block may use its caches", "a process forked beside"
-            rules.require(self.is_caller(), WHO, rule, got, "Run the forward there, too.")
+            rules.require(self.is_ours(), WHO, rule, got, "Run the forward there, too.")
+            came = f"{rows_RC.shape} of {rows_RC.dtype}"
+            wanted = f"{ticket.shape} of {self._table.dtype}"
+            rules.require(came == wanted, WHO, f"the rows must be {wanted}", came, "Convert them.")
             freed = [self.freed.pop() for _ in range(len(self.freed))]
             order = _Order(freed, ticket.number, ticket.layer, ticket.shape)
             table_RC = self.table(order)
-            came, wanted = (f"{a.shape} of {a.dtype}" for a in (rows_RC, table_RC))
-            rules.require(came == wanted, WHO, f"the rows must be {wanted}", came, "Convert them.")
             table_RC[...] = rows_RC
             begun = time.perf_counter()
             ends = self._each(do, order, *more)

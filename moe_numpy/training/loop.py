@@ -230,7 +230,11 @@ def save_run(path: str | Path, run: Run) -> None:
     meta = {
         "config": config.to_dict(run.cfg),
         "training": config.to_dict(run.training),
-        "corpus": {"name": run.corpus.name, "sha256": run.corpus.sha256},
+        "corpus": {
+            "name": run.corpus.name,
+            "sha256": run.corpus.sha256,
+            "train": len(run.corpus.train),
+        },
         "alphabet": run.corpus.alphabet,
         "dtype": str(run.params.token_VC.dtype),
         "step": run.step,
@@ -261,6 +265,10 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
                 f"{sha256[:12]}...), got {corpus.sha256[:12]}.... "
                 "Give the same file, or start a new run."
             )
+        here = len(corpus.train)
+        cut = meta["corpus"].get("train", here)  # which older checkpoints do not know
+        rule = f"the text must be cut as it was: {cut} characters to train on"
+        rules.require(cut == here, "load_run", rule, here, "Give the same share for validation.")
         cfg, training = config.from_dict(meta["config"]), config.from_dict(meta["training"])
         run = new_run(corpus, cfg, training, meta["dtype"])
         for name in ("params", "state"):
@@ -279,7 +287,8 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
         rules.not_negative("load_run", "seconds", run.seconds)
         rules.whole_number("load_run", "step", run.step, 0)
         rule, most = "step must be at most that of the last", training.steps
-        rules.require(run.step <= most, "load_run", f"{rule} ({most})", run.step, "")
+        advice = "Use an older copy."
+        rules.require(run.step <= most, "load_run", f"{rule} ({most})", run.step, advice)
         for name, like in _empty_series(cfg, training.steps)._asdict().items():
             came = getattr(run.series, name)
             fine = (came.dtype, came.shape) == (like.dtype, like.shape)
