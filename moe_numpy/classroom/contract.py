@@ -151,7 +151,8 @@ def _upstream(outs: tuple, outputs: list[tuple], backward: Callable) -> list:
     Facts without a gradient are left out, unless the backward counts them (an optional output).
     """
     drawn = {place: dy for place, _, dy in outputs}
-    slots = len(inspect.signature(backward).parameters) - 1
+    parameters = inspect.signature(backward).parameters.values()
+    slots = sum(parameter.default is parameter.empty for parameter in parameters) - 1  # but cache
     if slots == len(outs):
         return [drawn.get(place) for place in range(len(outs))]
     return list(drawn.values())
