@@ -265,6 +265,13 @@ def test_an_optional_output_that_is_none_keeps_its_place_upstream():
     assert check("optional", case=Case("left out", (draw(3, 5),))).failures == []
 
 
+def test_an_argument_that_a_backward_can_do_without_takes_no_gradient():
+    forward = lambda x: (x * x, 7, (x,))  # noqa: E731  one output and a fact
+    backward = lambda dy, cache, room=None: 2 * cache[0] * dy  # noqa: E731
+    case, rng = Case("", (draw(3, 5),)), np.random.default_rng(11)
+    assert gradcheck.check_functions("square", forward, backward, case, rng).failures == []
+
+
 def test_a_gain_outside_the_sums_is_seen_only_with_generic_gains():
     bug = ("layer_norm", "q_NC = gain_C * dy_NC", "q_NC, r_N1 = dy_NC, gain_C * r_N1")
     x_NC, _, bias_C = CASES["layer_norm"].args
