@@ -12,7 +12,6 @@ import contextvars
 import itertools
 import mmap
 import os
-import pickle
 import select
 import signal
 import sys
@@ -129,7 +128,9 @@ def _serve(team: Processes, rank: int, line: Connection) -> None:
                 answer = _attempt(do, team, rank, arguments)
             try:
                 line.send(answer)
-            except (TypeError, AttributeError, pickle.PicklingError) as problem:
+            except OSError:
+                raise
+            except Exception as problem:  # of one that it raised itself, nobody else may know
                 line.send(RuntimeError(f"{answer!r} could not be sent: {problem}"))
 
 
