@@ -130,7 +130,7 @@ def _serve(team: Processes, rank: int, line: Connection) -> None:
                 line.send(answer)
             except OSError:
                 raise
-            except Exception as problem:  # of one that it raised itself, nobody else may know
+            except Exception as problem:  # such as an error of a class that only it knows
                 line.send(RuntimeError(f"{answer!r} could not be sent: {problem}"))
 
 
