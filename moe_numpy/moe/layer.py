@@ -30,7 +30,8 @@ def init_moe(
 
     `rng` is anything that `numpy.random.default_rng` takes: a generator, or a seed.
 
-    Raises     ValueError if `dtype` is not "float32" or "float64", or `width` is not positive
+    Raises     ValueError if `dtype` is not "float32" or "float64", or `width` or `depth` is not
+               positive
     """
     rules.float_type("init_moe", dtype)
     rules.whole_number("init_moe", "width", width, 1)
