@@ -1000,6 +1000,9 @@ def test_rivals_are_drawn_beside_ours(record):
     assert [line.endswith("| not measured |") for line in lines[2:]] == [True] * 2 + [False] * 3
     layers = bench_report.layer_summary(found, other).splitlines()
     assert len(layers) == 4 and all(line.count("1.40 (1.10 to 1.60)") == 2 for line in layers[2:])
+    layers = bench_report.layer_summary(found, other | {"rows": []}).splitlines()
+    assert len(layers) == 4 and all(line.endswith("| not measured |") for line in layers[2:])
+    assert len(bench_report.layer_summary(record, other).splitlines()) == 2  # nobody was raced
 
 
 def test_a_record_without_peaks_can_be_drawn_read_and_judged(record):
@@ -1045,6 +1048,8 @@ def test_a_folder_of_the_name_of_a_library_is_none(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     assert importlib.util.find_spec("torchless")
     assert "not installed: torchless. Install" in bench.why_not("torchless")
+    monkeypatch.setattr(bench, "_is_installed", lambda name: False)
+    assert bench.this_machine(torch=True)["versions"].keys() == {"python", "numpy"}
 
 
 def test_it_says_what_is_missing_for_a_race(monkeypatch, tmp_path):
