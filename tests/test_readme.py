@@ -240,8 +240,8 @@ def test_what_is_faster_on_the_second_processor_is_told_as_its_record_has_it(spe
     assert 1.05 < steps["Mixtral"][1]["median"] < 1.2
     assert says(
         "the dense step is about as fast as PyTorch's and slower than with the fused AdamW; the "
-        "MoE step is faster than the textbook loop and otherwise level (spreads that include 1); the "
-        "Mixtral step and generation are faster than all their rivals."
+        "MoE step is faster than the textbook loop and otherwise level (spreads that include 1); "
+        "the Mixtral step and generation are faster than all their rivals."
     )
     assert says(
         "The Intel record misses the leads that were wanted of the dense step, the MoE step and "
