@@ -80,9 +80,9 @@ def test_a_notebook_has_no_wall_of_code(source):
 
 
 def words(found):
-    """Take what was printed, but for its numbers: their last digits are a machine's own."""
+    """Take what was printed, but for numbers and gaps: their digits and widths are a machine's."""
     printed = [output.get("text", "") for cell in found for output in cell]
-    return [re.sub(r"[-+\d][\d.,e+-]*", "0", text).split() for text in printed]
+    return [re.sub(r"\d[\d.]*(e[-+]?\d+)?|[-+\s]", "", text) for text in printed]
 
 
 def run(source):
