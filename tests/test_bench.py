@@ -297,7 +297,7 @@ bench_process.serve(build)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has teams")
 def test_the_work_and_the_memory_of_a_family_are_counted_together():
-    spec = {"threads": 1, "numbers": 1, "loops": 10_000_000}
+    spec = {"threads": 1, "numbers": 1, "loops": 30_000_000}
     lean = race.Worker("lean", (sys.executable, "-c", FAMILY), spec)
     fat = lean._replace(spec=spec | {"numbers": 2_000_000, "loops": 1})
     peaks = [told["peak"] for told in race.tell([lean, fat])]
