@@ -72,8 +72,13 @@ BAD = [
     ),
     (
         moe,
+        {"selection": c.SoftSlots(), "top_k": 4, "router_std": 5.0},
+        "SoftSlots needs score, gate_scale, gate_on and router_std as they are",
+    ),
+    (
+        moe,
         {"selection": c.SoftSlots(), "top_k": 4, "gate_on": "input"},
-        "SoftSlots needs score, gate_scale and gate_on as they are",
+        "SoftSlots needs score, gate_scale, gate_on and router_std as they are",
     ),
     (
         moe,
@@ -117,6 +122,22 @@ BAD = [
         (lm, {"theta": value}, "theta must be positive and finite")
         for value in (0.0, -1.0, math.inf)
     ),
+    (lm, {"theta": 500.0}, "theta is for rotary positions"),
+    *(
+        (lm, {name: value}, f"{name} must be at {bound}: float32")
+        for name in ("embedding_scale", "logit_scale", "attention_scale", "logit_cap")
+        for value, bound in ((1e-60, "least 2**-126"), (1e300, "most 2**127"))
+    ),
+    (moe, {"gate_scale": 1e-60}, "gate_scale must be at least 2**-126"),
+    (moe, {"gate_scale": 1e300}, "gate_scale must be at most 2**127"),
+    (moe, {"init_scale": 1e-100}, "init_scale must be at least 2**-126"),
+    (
+        moe,
+        {"balance": (c.ImportanceLoss(),), "selection": c.Hierarchy(groups=2, kept=1), "top_k": 1},
+        "renormalized ones are all 1",
+    ),
+    (c.SwitchLoss, {"weight": 1e-60}, "weight must be at least 2**-126"),
+    (c.SecondExpert, {"threshold": 1e-60}, "threshold must be at least 2**-126"),
     (lm, {"moe_layers": (0,)}, "moe_layers needs moe"),
     (lm, {"moe": moe(), "moe_layers": [0]}, "moe_layers must be tuple or None"),
     (lm, {"moe": moe(), "moe_layers": (3,)}, "from 0 to 2"),

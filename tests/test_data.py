@@ -192,10 +192,20 @@ def test_a_text_of_one_window_is_enough_and_one_less_is_not(tmp_path):
         data.windows(corpus.validation, 5)
     with pytest.raises(ValueError, match=r"sample_batch: ids must hold"):
         data.sample_batch(0, corpus.validation, 1, 5)
-    with pytest.raises(ValueError, match=r"batch must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"batch must be a whole number of at least 1, got 0"):
         data.sample_batch(0, corpus.train, 0, 5)
-    with pytest.raises(ValueError, match=r"context must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"context must be a whole number of at least 1, got 0"):
         data.windows(corpus.train, 0)
+    for wrong in (2.5, True):
+        with pytest.raises(ValueError, match=rf"batch must be a whole number .* got {wrong}"):
+            data.sample_batch(0, corpus.train, wrong, 5)
+
+
+@pytest.mark.parametrize("ids", [np.zeros((8, 8), int), np.zeros(64), np.array(1)])
+def test_ids_are_a_row_of_integers(ids):
+    for do in (lambda: data.windows(ids, 4), lambda: data.sample_batch(0, ids, 1, 4)):
+        with pytest.raises(ValueError, match="ids must be a row of integers, got"):
+            do()
 
 
 def slow_probability(followers, vocab_size, history, character):

@@ -648,6 +648,25 @@ def test_what_does_not_fit_together_is_refused(cfg, tokens, noise, words):
         layer.moe_forward(np.zeros((N, C), dtype), params, tiny.moe(**cfg), noise)
 
 
+def test_what_is_no_configuration_or_no_parameters_of_a_layer_is_told():
+    cfg, params = layer_of()
+    x_NC = np.ones((5, 4))
+    swapped = tree.map(lambda leaf: leaf.astype(leaf.dtype.newbyteorder()), params)
+    for do, words in (
+        (lambda: layer.init_moe(0, None, 4, "float64"), "a MoEConfig, got NoneType"),
+        (lambda: layer.moe_forward(x_NC, cfg, params), "a MoEConfig, got MoEParams"),
+        (lambda: layer.moe_forward(x_NC, tuple(params), cfg), "be MoEParams, got tuple"),
+        (lambda: layer.moe_forward(x_NC, swapped, cfg), "in the machine's order of bytes"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            do()
+
+
+def test_more_choices_than_experts_are_refused():
+    with pytest.raises(ValueError, match=r"k must be at most the number of experts \(3\), got 4"):
+        router.top_k(np.zeros((2, 3)), 4)
+
+
 PARTS = {
     "experts.up_ECF": {"activation": "swiglu"},
     "experts.third_ECF": {"activation": "swiglu3"},

@@ -13,6 +13,7 @@ from moe_numpy import tree
 from moe_numpy.config import (
     SGD,
     AdamW,
+    Assignment,
     Capacity,
     GaussianNoise,
     ImportanceLoss,
@@ -21,6 +22,7 @@ from moe_numpy.config import (
     ModelConfig,
     MoEConfig,
     Shared,
+    Sinkhorn,
     SwitchLoss,
     ZLoss,
 )
@@ -559,6 +561,41 @@ def test_keys_and_values_of_another_model_or_batch_are_refused():
             model.model_forward(np.array([[1]]), draw(0, cfg), cfg, kv=kv)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"causal": False}, "kv needs a causal model, got causal=False"),
+        *(
+            ({"moe": dataclasses.replace(EXPERTS, **limit)}, "kv needs experts without limits")
+            for limit in (
+                {"capacity": Capacity(factor=0.5)},
+                {"selection": Sinkhorn()},
+                {"selection": Assignment(), "top_k": 1},
+            )
+        ),
+    ],
+)
+def test_keys_and_values_are_refused_where_tokens_depend_on_later_ones(changes, words):
+    cfg = config(**changes)
+    kv = tuple(attention.KeyValues(cfg, 1, "float64") for _ in range(cfg.layers))
+    with pytest.raises(ValueError, match=f"model_forward: {words}"):
+        model.model_forward(np.array([[1]]), draw(0, cfg), cfg, kv=kv)
+
+
+def test_what_is_no_configuration_or_no_parameters_is_told():
+    cfg = config(moe=EXPERTS)
+    params, token_BT = draw(0, cfg), np.array([[1]])
+    for do, words in (
+        (lambda: model.init_model(0, EXPERTS), "init_model: .* a ModelConfig, got MoEConfig"),
+        (lambda: model.draw_noise(0, None, 4), "draw_noise: .* a ModelConfig, got NoneType"),
+        (lambda: model.model_forward(token_BT, cfg, params), "a ModelConfig, got ModelParams"),
+        (lambda: model.model_forward(token_BT, [1], cfg), "be ModelParams, got list"),
+        (lambda: generation.generate([1], None, cfg, 1), "generate: .* ModelParams, got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            do()
+
+
 @parametrize(ENCODERS)
 def test_generation_refuses_an_encoder(flavor):
     cfg = config(**flavor)
@@ -615,6 +652,23 @@ def test_sampling_keeps_exactly_what_temperature_top_k_and_top_p_say():
     close(sample(logits_V, top_k=3, top_p=0.75), np.array([0, 0.4, 0, 0.25, 0]) / 0.65)
     close(sample(logits_V, temperature=0.5), oracles.softmax((2.0 * logits_V).tolist()))
     close(sample(np.zeros(4), top_k=2), [0.5, 0.5, 0, 0])
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("logits", [[1.0, np.nan], [np.inf, 0.0], [-np.inf, -np.inf]])
+def test_sampling_refuses_logits_that_are_not_finite(logits, temperature):
+    with pytest.raises(ValueError, match="sampling_probabilities: the model must predict finite"):
+        generation.sampling_probabilities(np.array(logits), temperature)
+
+
+def test_sampling_never_takes_a_token_of_minus_infinity():
+    close(generation.sampling_probabilities(np.array([-np.inf, 2.0, 2.0])), [0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("knob", ["temperature", "top_k", "top_p"])
+def test_a_truth_value_is_no_knob_of_sampling(knob):
+    with pytest.raises(ValueError, match=f"{knob} must"):
+        generation.sampling_probabilities(np.zeros(3), **{knob: True})
 
 
 def test_top_p_keeps_no_token_more_than_it_takes_to_reach_p_exactly():

@@ -1,4 +1,4 @@
-"""Configurations: frozen records that refuse settings that cannot work or have no effect.
+"""Configurations: frozen records that refuse settings that cannot work or that nothing reads.
 
 A layer is composed from small parts (score, selection, gate weights, noise, capacity, balance
 terms, shared expert), each with its own knobs; what is not wanted is None or left out. `to_dict`

@@ -93,17 +93,20 @@ class ModelConfig:
         rules.one_of(WHO, "balance_over_layers", self.balance_over_layers, ("sum", "mean"))
         rules.normal(WHO, "norm_eps", self.norm_eps, "Use 1e-5.")
         for name in ("theta", "embedding_scale", "logit_scale"):
-            rules.positive(WHO, name, getattr(self, name), "")
+            rules.normal(WHO, name, getattr(self, name), "")
         if self.logit_cap is not None:
             rules.normal(WHO, "logit_cap", self.logit_cap, "Or None.")
         if self.attention_scale is not None:
-            rules.positive(WHO, "attention_scale", self.attention_scale, "Or None.")
+            rules.normal(WHO, "attention_scale", self.attention_scale, "Or None.")
         switches = ("sandwich", "attention_bias", "sinks", "tied", "causal", "extra_ffn")
         for name in (*switches, "recompute"):
             rules.instance(WHO, name, getattr(self, name), (bool,))
         if self.positions == "rotary":
             rule, fine = "rotary positions need an even head width", self.head_width % 2 == 0
             rules.require(fine, WHO, rule, self.head_width, "Change width or heads.")
+        else:
+            rule, idle = "theta is for rotary positions", self.theta == 10_000.0
+            rules.require(idle, WHO, rule, self.theta, "Leave it out.")
         self._check_layers()
         self._check_causal()
 

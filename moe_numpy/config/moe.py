@@ -104,11 +104,11 @@ class MoEConfig:
         rules.one_of(WHO, "score", self.score, SCORES)
         rules.one_of(WHO, "gate_weights", self.gate_weights, (None, *WEIGHTS))
         rules.one_of(WHO, "gate_on", self.gate_on, ("output", "input"))
-        rules.positive(WHO, "gate_scale", self.gate_scale, "Use 1.0.")
+        rules.normal(WHO, "gate_scale", self.gate_scale, "Use 1.0.")
         rules.not_negative(WHO, "bias_rate", self.bias_rate)
         rules.not_negative(WHO, "router_std", self.router_std)
         if self.init_scale is not None:
-            rules.positive(WHO, "init_scale", self.init_scale, "Or None.")
+            rules.normal(WHO, "init_scale", self.init_scale, "Or None.")
         rules.instance(WHO, "selection", self.selection, (*SELECTIONS, type(None)))
         kinds = (LearnedNoise, GaussianNoise, InputJitter, type(None))
         rules.instance(WHO, "noise", self.noise, kinds)
@@ -122,7 +122,7 @@ class MoEConfig:
         rule = "router_std = 0 needs LearnedNoise or GaussianNoise"
         advice = "All logits tie without it, and every token goes to the first experts."
         drawn = isinstance(self.noise, LearnedNoise | GaussianNoise)
-        fine = self.router_std > 0 or drawn or isinstance(self.selection, SoftSlots)
+        fine = self.router_std > 0 or drawn
         rules.require(fine, WHO, rule, self.noise, advice)
 
     def _check_balance(self) -> None:
@@ -137,7 +137,9 @@ class MoEConfig:
             self._check_load_loss()
         if ImportanceLoss in kinds and self.top_k == 1 and kinds[ImportanceLoss].of == "gates":
             rule = "ImportanceLoss with top_k = 1 needs raw gates: renormalized ones are all 1"
-            rules.require(not self.renormalized, WHO, rule, self.gate_weights, 'Use "raw".')
+            came = self.selection or self.gate_weights
+            advice = 'Use "raw", or of="probabilities".'
+            rules.require(not self.renormalized, WHO, rule, came, advice)
         switch = kinds.get(SwitchLoss)
         if switch is not None and switch.counted is not None:
             rule = f"SwitchLoss counts at most num_experts ({self.num_experts})"
@@ -206,9 +208,9 @@ class MoEConfig:
             self._refuse(reason, *names, balance=TERMS)
             rule = "SoftSlots needs top_k = num_experts: every token reaches every expert"
             rules.require(k == E, WHO, rule, k, f"Set top_k={E}.")
-            rule = "SoftSlots needs score, gate_scale and gate_on as they are"
-            knobs = (self.score, self.gate_scale, self.gate_on)
-            fine = knobs == ("softmax", 1.0, "output")
+            rule = "SoftSlots needs score, gate_scale, gate_on and router_std as they are"
+            knobs = (self.score, self.gate_scale, self.gate_on, self.router_std)
+            fine = knobs == ("softmax", 1.0, "output", 0.02)
             rules.require(fine, WHO, rule, knobs, "Leave them out.")
 
     def _check_hierarchy(self, selection: Hierarchy) -> None:
@@ -249,6 +251,8 @@ class MoEConfig:
         """Whether the gates of a token sum to one (or to gate_scale)."""
         if self.gate_weights is not None:
             return self.gate_weights != "raw"
+        if isinstance(self.selection, Hierarchy):
+            return True
         return self.top_k > 1 and not isinstance(self.selection, ExpertChoice)
 
     @property

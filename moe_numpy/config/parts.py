@@ -74,6 +74,7 @@ class SecondExpert:
         who, advice = "SecondExpert", "Or selection=None: plain top-2."
         rules.one_of(who, "policy", self.policy, ("random", "threshold"))
         rules.fraction(who, "threshold", self.threshold, advice)
+        rules.normal(who, "threshold", self.threshold, advice)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

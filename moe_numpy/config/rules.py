@@ -55,6 +55,12 @@ def whole_number(who: str, name: str, came: Any, least: int) -> None:
     require(came < 2**63, who, f"{name} must be below 2**63", came, "Take a smaller one.")
 
 
+def configuration(who: str, came: Any, kind: type) -> None:
+    """Refuse what is no configuration of that kind, without printing all that it may hold."""
+    fine, rule = isinstance(came, kind), f"the configuration must be a {kind.__name__}"
+    require(fine, who, rule, type(came).__name__, "Mind the order of the arguments.")
+
+
 def instance(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
     """Refuse what is of none of the kinds."""
     names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
@@ -75,10 +81,12 @@ def positive(who: str, name: str, came: Any, advice: str) -> None:
 
 
 def normal(who: str, name: str, came: Any, advice: str) -> None:
-    """Refuse what is not positive, not finite, or so small that float32 may take it for zero."""
+    """Refuse what is not positive, or what float32 may take for zero or for infinity."""
     positive(who, name, came, advice)
     rule = f"{name} must be at least 2**-126: float32 may take less for zero"
     require(came >= 2.0**-126, who, rule, repr(came), advice)
+    rule = f"{name} must be at most 2**127: float32 may take more for infinity"
+    require(came <= 2.0**127, who, rule, repr(came), advice)
 
 
 def share(who: str, name: str, came: Any, advice: str = "") -> None:
@@ -95,7 +103,7 @@ def fraction(who: str, name: str, came: Any, advice: str) -> None:
 
 def positive_weight(term: Any) -> None:
     """Refuse a balance term without a weight that counts."""
-    positive(type(term).__name__, "weight", term.weight, "Leave the term out instead.")
+    normal(type(term).__name__, "weight", term.weight, "Leave the term out instead.")
 
 
 def plain(came: Any) -> Any:

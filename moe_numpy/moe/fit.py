@@ -37,6 +37,9 @@ def check_parameters(who: str, params: MoEParams, cfg: MoEConfig) -> None:
 
     Raises     ValueError
     """
+    rules.configuration(who, cfg, MoEConfig)
+    rule, advice = "the parameters must be MoEParams", "Draw them with `init_moe`."
+    rules.require(hasattr(params, "experts"), who, rule, type(params).__name__, advice)
     in_ECF = params.experts.in_ECF
     E, C, F = in_ECF.shape
     check_type(who, in_ECF.dtype)
@@ -71,10 +74,10 @@ def check_type(who: str, dtype: Any) -> None:
 
     Raises     ValueError
     """
-    if dtype.char not in "fd":  # as NumPy calls float32 and float64
+    if dtype.char not in "fd" or not dtype.isnative:  # as NumPy calls float32 and float64
         raise ValueError(
-            f"{who}: the parameters must be of the type float32 or float64, got {dtype}. "
-            "Convert them."
+            f"{who}: the parameters must be of the type float32 or float64, in the machine's order "
+            f"of bytes, got {dtype}. Convert them."
         )
 
 

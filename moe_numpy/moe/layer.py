@@ -33,6 +33,7 @@ def init_moe(
     Raises     ValueError if `dtype` is not "float32" or "float64", or `width` or `depth` is not
                positive
     """
+    rules.configuration("init_moe", cfg, MoEConfig)
     rules.float_type("init_moe", dtype)
     rules.whole_number("init_moe", "width", width, 1)
     rules.whole_number("init_moe", "depth", depth, 1)

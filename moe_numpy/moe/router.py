@@ -14,6 +14,7 @@ from moe_numpy.config import (
     LearnedNoise,
     MoEConfig,
     SecondExpert,
+    rules,
 )
 from moe_numpy.ops import activation, linear, rows, softmax
 
@@ -166,8 +167,11 @@ def top_k(score_NE: Array, k: int) -> Array:
 
     Minus infinity is the worst of scores, but one that can be chosen where nothing else is left.
 
-    Shapes     score_NE (N, E), k at most E -> expert_NK (N, k) integers, all different in a row
+    Shapes     score_NE (N, E) -> expert_NK (N, k) integers, all different in a row
+    Raises     ValueError if k is more than E
     """
+    rule, advice = f"k must be at most the number of experts ({score_NE.shape[1]})", "Lower it."
+    rules.require(k <= score_NE.shape[1], "top_k", rule, k, advice)
     expert_NK = xp.empty((score_NE.shape[0], k), xp.intp)
     rows.in_blocks(_top_k, score_NE, expert_NK)
     return expert_NK

@@ -163,11 +163,8 @@ def text_corpus(path: str | Path, validation_fraction: float = 0.1) -> Corpus:
     ValueError
         If the file cannot be read, is empty or is not UTF-8, or the fraction is not in (0, 1).
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(
-            "text_corpus: validation_fraction must satisfy 0 < validation_fraction < 1, got "
-            f"{validation_fraction}. Leave it out for 0.1."
-        )
+    advice = "Leave it out for 0.1."
+    rules.fraction("text_corpus", "validation_fraction", validation_fraction, advice)
     text = _read_utf8(Path(path))
     cut = int((1 - validation_fraction) * len(text))
     return _corpus(Path(path).name, "".join(sorted(set(text))), text[:cut], text[cut:])
@@ -201,11 +198,11 @@ def sample_batch(
     Raises
     ------
     ValueError
-        If `batch` or `context` is not positive, or `ids` is shorter than `context + 1`.
+        If `batch` or `context` is not positive, or `ids` is no row of integers, or shorter than
+        `context + 1`.
     """
     _require_window("sample_batch", "ids", ids, context)
-    if batch < 1:
-        raise ValueError(f"sample_batch: batch must be at least 1, got {batch}. Raise batch.")
+    rules.whole_number("sample_batch", "batch", batch, 1)
     start_B = np.random.default_rng(rng).integers(len(ids) - context, size=batch)
     index_BT = start_B[:, None] + np.arange(context)
     return ids[index_BT], ids[index_BT + 1]
@@ -225,7 +222,7 @@ def windows(ids: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
     Raises
     ------
     ValueError
-        If `context` is not positive, or `ids` is shorter than `context + 1`.
+        If `context` is not positive, or `ids` is no row of integers, or shorter than `context + 1`.
     """
     _require_window("windows", "ids", ids, context)
     end = (len(ids) - 1) // context * context
@@ -234,8 +231,10 @@ def windows(ids: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _require_window(who: str, what: str, ids: np.ndarray, context: int) -> None:
     rules.array(who, what, ids)
-    if context < 1:
-        raise ValueError(f"{who}: context must be at least 1, got {context}. Raise context.")
+    row = f"{what} must be a row of integers"
+    fine, came = ids.ndim == 1 and ids.dtype.kind in "iu", f"{ids.dtype} of the shape {ids.shape}"
+    rules.require(fine, who, row, came, "Encode the text anew.")
+    rules.whole_number(who, "context", context, 1)
     if len(ids) < context + 1:
         raise ValueError(
             f"{who}: {what} must hold at least context + 1 ({context + 1}) characters, got "

@@ -57,10 +57,18 @@ def check_kv(
 ) -> None:
     """Refuse keys and values of another configuration or batch, or that do not go on together.
 
+    They are those of earlier tokens, computed without the later ones. So a model in which a token
+    has a say in what becomes of earlier ones, or of others of its call, cannot use them.
+
     Raises     ValueError
     """
     if kv is None:
         return
+    rule, advice = "kv needs a causal model", "Pass all tokens at once."
+    rules.require(cfg.causal, "model_forward", rule, "causal=False", advice)
+    rule, advice = "kv needs experts without limits", "Take cfg.evaluation()."
+    fine = cfg.moe is None or cfg.moe.evaluation() == cfg.moe
+    rules.require(fine, "model_forward", rule, f"{cfg.moe}", advice)
     wanted = token_BT.shape[0], cfg.kv_heads or cfg.heads, cfg.context, cfg.head_width
     advice = "Make one `KeyValues` for each layer, of this batch, and let all read every token."
     kinds = {type(entry).__name__ for entry in kv}
@@ -83,6 +91,9 @@ def check_parameters(who: str, params: ModelParams, cfg: ModelConfig) -> None:
 
     Raises     ValueError
     """
+    rules.configuration(who, cfg, ModelConfig)
+    rule, advice = "the parameters must be ModelParams", "Draw them with `init_model`."
+    rules.require(hasattr(params, "blocks"), who, rule, type(params).__name__, advice)
     V, C, dtype = cfg.vocab_size, cfg.width, params.token_VC.dtype
     moe_fit.check_type(who, dtype)
     _same(who, "blocks", len(params.blocks), cfg.layers)

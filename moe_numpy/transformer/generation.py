@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from numbers import Integral, Real
+from typing import Any
 
 from numpy.random import Generator, default_rng
 
@@ -37,13 +38,20 @@ def sampling_probabilities(
     Raises
     ------
     ValueError
-        if the logits are no row of at least one number, or a knob is out of range.
+        if the logits are no row of at least one number, hold a NaN or infinity, hold nothing but
+        minus infinity (the logit of a token that is not allowed), or a knob is out of range.
     """
     rules.array("sampling_probabilities", "the logits", logits_V)
     rule, shape = "the logits must be a row of at least one", f"the shape {logits_V.shape}"
     row = logits_V.ndim == 1 and logits_V.size > 0
     rules.require(row, "sampling_probabilities", rule, shape, "Pass those of one token.")
     _check_sampling(temperature, top_k, top_p)
+    _require_finite("sampling_probabilities", to_host(logits_V.max()))  # NaN if there is one
+    return _probabilities(logits_V, temperature, top_k, top_p)
+
+
+def _probabilities(logits_V: Array, temperature: float, top_k: int | None, top_p: float) -> Array:
+    """Do what `sampling_probabilities` does, for knobs that are in range."""
     logits_V = logits_V.astype("float64")
     below_V = logits_V - logits_V.max()
     if temperature == 0:
@@ -147,33 +155,37 @@ def _draw(
     if temperature == 0:  # the best token, whatever the draw
         token = int(to_host(logits_V.argmax()))
         if on_host(logits_V):  # on a GPU the look would be a second crossing
-            _require_finite(logits_V[token])
+            _require_finite("generate", logits_V[token])
         return token
-    prob_V = sampling_probabilities(logits_V, temperature, top_k, top_p)
+    prob_V = _probabilities(logits_V, temperature, top_k, top_p)
     cumulative_V = to_host(prob_V).cumsum()
-    _require_finite(cumulative_V[-1])
+    _require_finite("generate", cumulative_V[-1])
     return int(cumulative_V.searchsorted(rng.random() * cumulative_V[-1], "right"))
 
 
-def _require_finite(number: float) -> None:
+def _require_finite(who: str, number: float) -> None:
     if not math.isfinite(number):
         raise ValueError(
-            f"generate: the model must predict finite logits, got {number}. Its training blew up: "
+            f"{who}: the model must predict finite logits, got {number}. Its training blew up: "
             "take an earlier checkpoint, or train with a lower learning rate."
         )
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
-    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
+    if not _is_number(temperature, Real) or not 0 <= temperature < float("inf"):
         raise ValueError(
             f"generate: temperature must be zero or positive, got {temperature!r}. "
             "Use 0 for the most likely token, 1 for the model's own distribution."
         )
-    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+    if top_k is not None and (not _is_number(top_k, Integral) or top_k < 1):
         raise ValueError(
             f"generate: top_k must be at least 1, got {top_k!r}. Leave it out for all."
         )
-    if not isinstance(top_p, Real) or not 0 < top_p <= 1:
+    if not _is_number(top_p, Real) or not 0 < top_p <= 1:
         raise ValueError(
             f"generate: top_p must satisfy 0 < top_p <= 1, got {top_p}. Use 1 for all."
         )
+
+
+def _is_number(came: Any, kind: type) -> bool:
+    return isinstance(came, kind) and not isinstance(came, bool)

@@ -40,6 +40,7 @@ def init_model(rng: Generator | int, cfg: ModelConfig, dtype: str = "float32") -
 
     Raises     ValueError if `dtype` is not "float32" or "float64"
     """
+    rules.configuration("init_model", cfg, ModelConfig)
     rules.float_type("init_model", dtype)
     rng = default_rng(rng)
     V, C = cfg.vocab_size, cfg.width
@@ -62,6 +63,7 @@ def draw_noise(
 
     Raises     ValueError if `dtype` is not "float32" or "float64", or `tokens` is negative
     """
+    rules.configuration("draw_noise", cfg, ModelConfig)
     rules.float_type("draw_noise", dtype)
     rules.whole_number("draw_noise", "tokens", tokens, 0)
     rng = default_rng(rng)
@@ -97,10 +99,11 @@ def model_forward(
                With `cfg.recompute` a layer leaves only its input there, C numbers; with `kv`
                nothing, as there is no backward then
     Raises     ValueError if the tokens are no table, a sequence is empty or longer than the
-               context, a token is unknown, or parameters, noise or kv are not those of the
-               configuration
+               context, a token is unknown, parameters, noise or kv are not those of the
+               configuration, or there is kv although the model is not causal or limits its experts
     Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
     """
+    rules.configuration("model_forward", cfg, ModelConfig)
     start = getattr(kv[0], "length", 0) if kv else 0
     fit.check_tokens(token_BT, start, cfg)
     fit.check_parameters("model_forward", params, cfg)
