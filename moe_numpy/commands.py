@@ -246,17 +246,17 @@ def bench(options: argparse.Namespace) -> int:
     """Measure how fast this machine trains and writes, alone and against PyTorch."""
     from moe_numpy.lab import bench as study_module
 
-    part = options.quick or bool(options.only)
-    folder = _folder(options, part, "speed", "speed_steps")
     whom = {"torch": "PyTorch", "transformers": "Transformers"}
     reasons = {library: study_module.why_not(library) for library in whom}
+    part = options.quick or options.only or options.threads != 2 or any(reasons.values())
+    folder = _folder(options, bool(part), "speed", "speed_steps")
+    where = sys.stderr if options.json else sys.stdout
     for library, reason in reasons.items():
         if reason:
-            _say(options, f"Not raced against {whom[library]}: {reason}")
+            print(f"Not raced against {whom[library]}: {reason}", file=where, flush=True)
     rounds = options.rounds or (2 if options.quick else 7)
     there = [reason is None for reason in reasons.values()]
     plan = study_module.Plan(rounds, options.threads, options.quick, *there)
-    where = sys.stderr if options.json else sys.stdout
     record = study_module.run(
         plan, tuple(options.only or ()), lambda name: print(f"... {name}", file=where, flush=True)
     )
@@ -265,6 +265,7 @@ def bench(options: argparse.Namespace) -> int:
         _keep(found, path)
         if not options.json:
             print(study_module.text(found))
+            print(f"\nFigure: {path.with_suffix('.png')}   record: {path}\n")
     if options.json:
         print(json.dumps(record))
     return 0
@@ -442,8 +443,9 @@ def _parser() -> argparse.ArgumentParser:
         bench,
         "measure the speed of training and generation, also against PyTorch",
         more="Close other programs first: rounds that they disturb are repeated, and set aside "
-        "where enough quiet ones are left. Takes about ten minutes, and keeps nothing if it is "
-        "stopped; --quick only shows that it works.",
+        "where enough quiet ones are left. Takes a quarter of an hour, and keeps nothing if it is "
+        "stopped; --quick only shows that it works. Other threads than two, or no PyTorch or "
+        "Transformers to race, make a part of it.",
     )
     sub.add_argument("--quick", action="store_true", help="tiny sizes, own folder")
     rows = ("product", "step", "steps", "layer", "growth", "overhead", "generation", "import")

@@ -16,6 +16,7 @@ import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -337,6 +338,33 @@ def test_each_shard_has_products_of_its_own():
     assert found["probe_flops"] == 2 * 2 * bench_products.PROBE**3
 
 
+def test_busy_turns_of_products_are_repeated_and_set_aside(monkeypatch):
+    shares, took = iter([0.0, 0.9, 0.0, 0.9, 0.0]), itertools.count(1.0)
+    monkeypatch.setattr(bench_products, "_seconds", lambda once, times: next(took))
+    monkeypatch.setattr(race, "share_of_others", lambda *_: next(shares))
+    found = bench_products.measure(run_of("dense"), 3)
+    assert (found["rounds"], found["busy"]) == (3, 2)
+    assert [found[name] for name in ("step", "products", "probe")] == [
+        [1.0, 7.0, 13.0],
+        [2.0, 8.0, 14.0],
+        [3.0, 9.0, 15.0],
+    ]
+    assert "[2 busy rounds; 3 counted]" in bench_report._busy(found)
+
+
+def test_workers_are_of_the_package_that_started_them(tmp_path, monkeypatch):
+    decoy = tmp_path / "moe_numpy"
+    decoy.mkdir()
+    (decoy / "__init__.py").write_text("raise ImportError('decoy')", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with machine.environment(race.this_package()):
+        assert race.tell([layer()])[0].keys() == {"built", "peak"}
+        script = layer()._replace(command=(sys.executable, str(bench.ABLATION_WORKER)))
+        assert race.tell([script._replace(spec=script.spec | {"without": "few"})])
+        assert bench._import("import moe_numpy") > 0
+
+
 def products(count, results):
     rng = np.random.default_rng(0)
     return [
@@ -516,7 +544,7 @@ def test_large_gradients_are_sketched_and_a_wrong_one_is_still_seen():
 
 
 def test_a_step_is_related_to_its_products_and_to_the_rate_of_the_machine():
-    told = {"calls": 9, "flops": 6e9, "probe_flops": 2e9}
+    told = {"calls": 9, "flops": 6e9, "probe_flops": 2e9, "busy": 0, "rounds": 1}
     found = bench._products(told | {"step": [4.0], "products": [2.0], "probe": [0.5]})
     assert {name: value["median"] for name, value in found.items() if name not in told} == {
         "step_over_products": 2.0,
@@ -536,6 +564,7 @@ def test_a_step_is_held_against_slower_products_too_where_there_are_faster_ones(
     race_of_none = {"sides": [{}], "rounds": 1}
     monkeypatch.setattr(bench.Plan, "race", lambda *_: copy.deepcopy(race_of_none))
     spec = {"calls": 9, "flops": 6e9, "probe_flops": 2e9, "step": [4.0], "probe": [0.5]}
+    spec |= {"busy": 0, "rounds": 1}
 
     def tell(workers, facts):
         slower = os.environ.get(name) == "Haswell"
@@ -694,7 +723,7 @@ def test_what_a_step_takes_back_is_there_to_be_taken_back():
     assert isinstance(optimizer.BLOCK, int)
     assert isinstance(experts.FEW, int)
     settings = {"memory", "shards", "float32", "blocks", "few"}
-    settings |= {"experts", "processes", "parallel"}
+    settings |= {"experts", "processes", "parallel", "idle"}
     settings |= set(bench.OF_GENERATION)
     assert plain.TWINS.keys() | settings == bench.STEPS.keys()
     worker = bench.ABLATION_WORKER.read_text("utf-8")
@@ -748,6 +777,7 @@ def test_the_settings_of_a_step_are_taken_back(worker):
         assert (spec["workers"], spec["processes"]) == left
     worker.build({"without": "few"})
     assert experts.FEW == 0
+    assert not worker.build({"without": "idle", "skip_idle": True})["skip_idle"]
     worker.build({"without": "float32"})
     assert run_of("dense").params.token_VC.dtype == "float64"
 
@@ -780,6 +810,7 @@ def steps(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "models", lambda quick: sparse)
         patch.setattr(machine, "can_limit_products", lambda: True)
+        patch.setattr(bench, "_kernels", lambda: "SkylakeX")
         assert commands.main([*arguments, "--out", str(folder)]) == 0
     assert (folder / "speed_steps.png").stat().st_size > 10_000
     assert not (folder / "speed.json").exists()
@@ -788,17 +819,20 @@ def steps(tmp_path_factory):
 
 def test_the_record_of_the_steps_has_each_for_the_models_that_it_concerns(steps):
     assert steps["study"] == "speed_steps" and "verdicts" not in steps
-    row, mixtral, layer, text = steps["rows"]
-    others = ["experts", "parallel", "few", *bench.OF_GENERATION]
-    assert (row["name"], [*row["steps"], *others]) == ("MoE", list(bench.STEPS))
+    row, mixtral, layer, narrow, update, text = steps["rows"]
+    assert (row["name"], [*row["steps"], *bench.OF_OTHERS]) == ("MoE", list(bench.STEPS))
     assert (layer["name"], layer["steps"]) == ("layer of 8 experts", list(bench.OF_A_LAYER))
+    name = "layer of 8 experts, kernels for AVX2"
+    assert (narrow["name"], narrow["steps"]) == (name, ["few"])
+    assert (update["name"], update["steps"]) == ("update of 32 experts, 4 tokens", ["idle"])
     assert (text["name"], text["steps"]) == ("generation", list(bench.OF_GENERATION))
     assert (mixtral["name"], mixtral["steps"]) == ("Mixtral", row["steps"])
-    assert [part["threads"] for part in steps["rows"]] == [2, 2, 2, 1]
+    assert [part["threads"] for part in steps["rows"]] == [2, 2, 2, 2, 2, 1]
     assert all(len(part["sides"]) == 1 + len(part["steps"]) for part in steps["rows"])
     for part in (row, mixtral, layer):
         assert 0 < part["difference"] < race.TOLERANCE  # no step is without any effect
     assert text["difference"] == 0, "the same tokens"
+    assert update["difference"] == 0, "what is skipped would have stayed as it was"
     assert bench_report.gain(row, "slices") == row["sides"][-1]["ratio"]
     dense = row | {"steps": [step for step in row["steps"] if step not in bench.EXPERTS_ONLY]}
     assert bench_report.gain(dense, "slices") is None
@@ -817,17 +851,18 @@ def measured(**changes):
     at |= {"layer": 0.9, "many": 2.2, "growth": 7.0, "overhead": 1.15, "written": 8.0, "late": 1.25}
     at |= {"over": 1.6, "narrow": 1.6, "peak": 0.4} | changes
 
+    def around(median):
+        return {"median": median, "low": median - 0.2, "high": median + 0.2}
+
     def sides(**rivals):
         own = {"name": "moe_numpy", "milliseconds": {"median": 2.0}, "ratio": None, "peak": 100}
-        spreads = {n: {"median": r, "low": r - 0.2, "high": r + 0.2} for n, r in rivals.items()}
-        others = [
-            own | {"name": n, "ratio": r, "peak": 100 / at["peak"]} for n, r in spreads.items()
-        ]
+        peak = 100 / at["peak"]
+        others = [own | {"name": n, "ratio": around(r), "peak": peak} for n, r in rivals.items()]
         return {"sides": [own, *others], "rounds": 7}
 
     def step(name, **rivals):
         over = {"products": at["over"], "narrow": at["narrow"]}
-        over = {key: {"step_over_products": {"median": value}} for key, value in over.items()}
+        over = {key: {"step_over_products": around(value)} for key, value in over.items()}
         return {"row": "step", "name": name, **sides(**rivals), **over}
 
     def layer(name, E, ratio):
@@ -888,6 +923,15 @@ def test_an_aim_is_held_against_the_best_of_the_rivals():
     moe["sides"][-1]["peak"] /= 2
     missed = [v for v in bench_report.verdicts(record) if not v.met]
     assert [(v.line, v.measured[:4]) for v in missed] == [(3, "1.09"), (8, "0.80")]
+
+
+def test_verdicts_tell_their_spreads_where_there_are_rounds():
+    found = {v.wanted: v.measured for v in bench_report.verdicts(measured())}
+    alone = [words for words, told in found.items() if not re.search(r" \(.* to .*\)$", told)]
+    assert [word for words in alone for word in ("half", "peak") if word in words] == [
+        "half",
+        *["peak"] * 3,
+    ]
 
 
 def test_the_first_four_tokens_belong_to_no_half():
@@ -1024,18 +1068,36 @@ def test_one_kind_of_row_can_be_asked_for(tmp_path, capsys):
 
 
 def test_a_part_has_a_folder_of_its_own_and_as_many_rounds_as_asked_for(
-    record, tmp_path, monkeypatch
+    record, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     plans = []
     monkeypatch.setattr(plots, "save", lambda *_: None)
     monkeypatch.setattr(bench, "run", lambda plan, *_: plans.append(plan) or record)
-    for flags, folder in (([], ""), (["--quick"], "quick"), (["--only", "import"], "quick")):
+    for flags, missing, folder in (
+        ([], None, ""),
+        ([], "not installed", "quick"),
+        (["--threads", "1"], None, "quick"),
+        (["--quick"], None, "quick"),
+        (["--only", "import"], None, "quick"),
+    ):
+        monkeypatch.setattr(bench, "why_not", lambda library, missing=missing: missing)
         assert commands.main(["bench", "--rounds", "5", *flags]) == 0
-        path = tmp_path / "figures" / folder / "speed.json"
+        path = Path("figures", folder, "speed.json")
         assert files.read_json(path) == record
+        assert f"Figure: {path.with_suffix('.png')}   record: {path}" in capsys.readouterr().out
         path.unlink()
-    assert [plan.rounds for plan in plans] == [5] * 3
+    assert [plan.rounds for plan in plans] == [5] * 5
+
+
+def test_who_is_not_raced_is_told_beside_json_too(record, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "why_not", lambda library: f"no {library} here")
+    monkeypatch.setattr(bench, "run", lambda plan, *_: record)
+    assert commands.main(["bench", "--json", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == record
+    for words in ("PyTorch: no torch here", "Transformers: no transformers here"):
+        assert f"Not raced against {words}" in printed.err
 
 
 def test_a_library_that_does_not_load_is_told():

@@ -122,12 +122,14 @@ STEPS = {
     "experts": "experts shared out, not each product",
     "parallel": "processes share experts out, not threads",
     "few": "few rows: products of narrow parts",
+    "idle": "idle experts skipped by AdamW (skip_idle)",
     "keys": "keys and values kept (and few calls), not computed anew",
     "alone": "a token alone in few calls, not as a batch of one",
 }
 EXPERTS_ONLY = ("gather", "slices")
 OF_A_LAYER = ("memory", "activations", *EXPERTS_ONLY, "experts", "parallel", "few")  # a large one
 OF_GENERATION = ("keys", "alone")
+OF_OTHERS = ("experts", "parallel", "few", "idle", *OF_GENERATION)  # of no training step
 
 
 def models(quick: bool = False) -> dict[str, ModelConfig]:
@@ -157,7 +159,7 @@ def run(plan: Plan, only: tuple[str, ...], report: Callable[[str], Any]) -> dict
         report(f"each library chooses its own kernels: without {', '.join(ignored)}")
     if plan.threads > machine.cores():
         report(f"{plan.threads} threads on {machine.cores()} cores: these times mean little")
-    with machine.environment(dict.fromkeys(ignored)):
+    with machine.environment(dict.fromkeys(ignored) | race.this_package()):
         found = this_machine(plan.torch)
         for name, measure in MEASURES.items():
             for row in measure(plan, report) if not only or name in only else ():
@@ -232,13 +234,13 @@ def this_machine(torch: bool) -> dict[str, Any]:
 def _kernels() -> str | None:
     """Ask a fresh process which kernels NumPy's products take; None where nobody can tell."""
     code = "import numpy, threadpoolctl as t; print(t.threadpool_info()[0]['architecture'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     return done.stdout.strip() or None
 
 
 def ours(work: str, plan: Plan, **spec: Any) -> Worker:
     """Describe a worker of the package."""
-    command = (sys.executable, "-m", "moe_numpy.lab.bench_process")
+    command = (sys.executable, "-P", "-m", "moe_numpy.lab.bench_process")
     common = {"work": work, "threads": plan.threads, "repeats": 2 if plan.quick else 21}
     return Worker(OURS, command, common | spec)
 
@@ -299,7 +301,7 @@ def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     if not ABLATION_WORKER.exists():
         return
     for name, cfg in models(plan.quick).items():
-        without = {"experts", "parallel", "few", *OF_GENERATION, *(() if cfg.moe else EXPERTS_ONLY)}
+        without = {*OF_OTHERS, *(() if cfg.moe else EXPERTS_ONLY)}
         without |= {"shards"} if plan.shards == 1 else set()
         without |= {"processes"} if plan.processes == 1 else set()
         steps = [step for step in STEPS if step not in without]
@@ -313,6 +315,17 @@ def _ablations(plan: Plan, report: Callable) -> Iterator[dict[str, Any]]:
     steps = [step for step in OF_A_LAYER if possible.get(step, 2) > 1]
     tokens = 8 * experts
     yield {"name": name, **_taken_back(plan, _our_layer(plan, moe, tokens), steps)}
+    if _kernels() in WIDE_KERNELS:
+        with machine.environment(NARROW_KERNELS):
+            found = _taken_back(plan, _our_layer(plan, moe, tokens), ["few"])
+        yield {"name": f"{name}, kernels for AVX2", **found}
+    experts, tokens = (32, 4) if plan.quick else (1024, 64)
+    report(f"steps of speed, update of {experts:,} experts")
+    moe = MoEConfig(num_experts=experts, top_k=2, hidden=FINE[0])
+    spec = {"moe": config.to_dict(moe), "width": WIDTH, "tokens": tokens, "skip_idle": True}
+    update = ours("update", plan, **spec, workers=plan.threads)
+    name = f"update of {experts:,} experts, {tokens} tokens"
+    yield {"name": name, **_taken_back(plan, update, ["idle"])}
     report("steps of speed, generation")
     alone = plan._replace(threads=1)
     yield {"name": "generation", **_taken_back(alone, _our_text(alone), list(OF_GENERATION))}
@@ -333,6 +346,8 @@ def _products(told: dict[str, Any]) -> dict[str, Any]:
     return {
         "calls": told["calls"],
         "flops": told["flops"],
+        "busy": told["busy"],
+        "rounds": told["rounds"],
         "step_over_products": race.spread([step / alone for step, alone, _ in pairs]),
         "share": race.spread([alone / step for step, alone, _ in pairs]),
         "machine_gflops": race.spread(rates),
@@ -457,7 +472,7 @@ def _import(code: str) -> float:
     Raises     ValueError if it fails; the last line of its complaint is told
     """
     timed = f"from time import perf_counter as t; a = t(); {code}; print(t() - a)"
-    done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", timed], capture_output=True, text=True)
     if done.returncode:
         complaint = (done.stderr.strip() or "no word").splitlines()[-1]
         raise ValueError(f"bench: {code!r} must work, got: {complaint}. Run it by itself.")

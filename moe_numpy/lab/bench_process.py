@@ -22,6 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_numpy.lab import race
+
+COMPARED_STEPS = 2  # whose losses are compared, one update between; later, a near tie in the
+# router of one token may fall differently on each side, and the losses part
 SKETCHED = 1 << 20  # a gradient with more numbers is compared by one product with a fixed vector
 
 
@@ -71,22 +75,12 @@ def _answer(work: Work, question: str, words: list[Any]) -> Any:
 
 
 def _timed(once: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    seconds, cpu = [], _cpu_seconds()
+    seconds, cpu = [], race.cpu_seconds()
     for _ in range(repeats):
         started = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds, "cpu": _cpu_seconds() - cpu}
-
-
-def _cpu_seconds() -> float:
-    """Add up the time that this process and those that it started have worked."""
-    total = time.process_time()
-    for child in multiprocessing.active_children():
-        with open(f"/proc/{child.pid}/stat", encoding="ascii") as file:
-            user, system = file.read().rpartition(")")[2].split()[11:13]
-        total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-    return total
+    return {"seconds": seconds, "cpu": race.cpu_seconds() - cpu}
 
 
 def sketch(name: str, gradient: np.ndarray) -> np.ndarray:

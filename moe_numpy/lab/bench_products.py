@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_numpy import ledger, processes, tree
 from moe_numpy.backend import xp
+from moe_numpy.lab import race
 from moe_numpy.training import data, loop, shards, team
 from moe_numpy.transformer import model
 
@@ -131,22 +132,30 @@ def measure(run: loop.Run, repeats: int, crew: team.Team | None = None) -> dict[
     The products of a shard are replayed as the step has them: in a process of their own where
     `crew` takes the steps, else in a thread. The machine's own are large square ones, one in each.
 
-    Returns     the seconds of each, the number of products, and their operations
+    As in a race, turns that other programs disturb are repeated.
+
+    Returns     the seconds of each, the number of products, and their operations; busy turns among
+                all, and how many the seconds are of
     """
     loop.take_step(run, crew)
     products, split = products_of_step(run), crew is not None
     a, b, *outs = np.random.default_rng(0).random((2 + len(products), PROBE, PROBE), np.float32)
     squares = [[(a, b, out)] for out in outs]
-    whole, alone, probe = [], [], []
+    turns, foreign = [], []
     with replaying(products, split) as multiply, replaying(squares, split) as multiply_squares:
-        for _ in range(repeats):
-            whole.append(_seconds(lambda: loop.take_step(run, crew), 5))
-            alone.append(_seconds(multiply, 5))
-            probe.append(_seconds(multiply_squares, 3))
+        while race.wanted(foreign, repeats):
+            busy, own, started_at = race.machine_seconds(), race.cpu_seconds(), time.perf_counter()
+            whole = _seconds(lambda: loop.take_step(run, crew), 5)
+            turns.append((whole, _seconds(multiply, 5), _seconds(multiply_squares, 3)))
+            foreign.append(race.share_of_others(busy, started_at, race.cpu_seconds() - own))
+    kept = race.used(turns, foreign)
+    whole, alone, probe = (list(part) for part in zip(*kept, strict=True))
     return {
         "step": whole,
         "products": alone,
         "probe": probe,
+        "busy": sum(share > race.BUSY for share in foreign),
+        "rounds": len(kept),
         "calls": sum(map(len, products)),
         "flops": sum(map(flops, products)),
         "probe_flops": sum(map(flops, squares)),

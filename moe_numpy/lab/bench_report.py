@@ -183,11 +183,11 @@ def _layer_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
 
 def _other_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
     for row in _rows(record, "growth"):
-        median = row["sides"][-1]["ratio"]["median"]
-        yield _most(4, "fine-grained layer, cost of 1,024 experts over 8", median, 7)
+        ratio = row["sides"][-1]["ratio"]
+        yield _most(4, "fine-grained layer, cost of 1,024 experts over 8", ratio, 7)
     for row in _rows(record, "overhead"):
-        median = row["sides"][1]["ratio"]["median"]
-        yield _most(5, "MoE layer over a dense MLP of the same work", median, 1.15)
+        ratio = row["sides"][1]["ratio"]
+        yield _most(5, "MoE layer over a dense MLP of the same work", ratio, 1.15)
     for row in _rows(record, "generation"):
         ratios = _ratios(row)
         yield _least(6, "generation against Transformers generate", ratios, list(ratios), 8)
@@ -197,11 +197,11 @@ def _other_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
 
 def _frugal_verdicts(record: dict[str, Any]) -> Iterator[Verdict]:
     for row in _rows(record, "step"):
-        over = row["products"]["step_over_products"]["median"]
+        over = row["products"]["step_over_products"]
         yield _most(7, f"{row['name']} step over its matrix products alone", over, 1.6)
     for row in _rows(record, "step"):
         if row.get("narrow"):
-            over = row["narrow"]["step_over_products"]["median"]
+            over = row["narrow"]["step_over_products"]
             yield _most(7, f"{row['name']} step over its products, kernels for AVX2", over, 1.6)
     for row in _rows(record, "step"):
         ours, *others = (side["peak"] for side in row["sides"])
@@ -219,11 +219,14 @@ def _least(line: int, what: str, ratios: dict, names: list[str], bound: float) -
     return Verdict(line, wanted, _spread(worst), worst["median"] >= bound)
 
 
-def _most(line: int, what: str, value: float | None, bound: float) -> Verdict:
+def _most(line: int, what: str, found: dict[str, float] | float | None, bound: float) -> Verdict:
+    """Ask that a number, or the median of a spread, stays within the bound."""
     wanted = f"{what}: at most {bound:g}"
-    if value is None:
+    if found is None:
         return Verdict(line, wanted, "", None)
-    return Verdict(line, wanted, f"{value:.2f}", bool(value <= bound))
+    if isinstance(found, dict):
+        return Verdict(line, wanted, _spread(found), bool(found["median"] <= bound))
+    return Verdict(line, wanted, f"{found:.2f}", bool(found <= bound))
 
 
 def _rows(record: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -277,7 +280,8 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
     if "products" in row:
         found = row["products"]
         yield f"matrix products alone: {found['calls']} calls, {_percent(found['share'])} of a step"
-        yield f"a step takes {_spread(found['step_over_products'])} times its products"
+        times = f"{_spread(found['step_over_products'])} times its products"
+        yield f"a step takes {times}{_busy(found)}"
         if row.get("narrow"):
             over = _spread(row["narrow"]["step_over_products"])
             yield f"with kernels for AVX2 it takes {over} times its products, which are slower then"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,23 +20,21 @@ from typing import Any
 import numpy as np
 
 from moe_numpy import config, machine, tree
-from moe_numpy.config import ModelConfig, MoEConfig, TrainingConfig
+from moe_numpy.config import AdamW, ModelConfig, MoEConfig, TrainingConfig
 from moe_numpy.lab import bench_products, metrics
-from moe_numpy.lab.bench_process import Work, sketch
+from moe_numpy.lab.bench_process import COMPARED_STEPS, Work, sketch
 from moe_numpy.moe import layer, mlp
-from moe_numpy.training import data, expert_parallel, loop, shards
+from moe_numpy.training import data, expert_parallel, loop, optimizer, shards
 from moe_numpy.transformer import generation, model
 
-COMPARED_STEPS = 2  # whose losses are compared, one update between; later, a near tie in the
-# router of one token may fall differently on each side, and the losses part
-
+BATCHES = 64  # that the other sides are given, to take in turns
 _until_the_end = contextlib.ExitStack()  # keeps the threads of this process's work
 
 
 def build(spec: dict[str, Any]) -> Work:
     """Build the work that a specification names."""
     works = {"product": _product, "step": _step, "layer": _layer, "mlp": _mlp}
-    return (works | {"generate": _generate})[spec["work"]](spec)
+    return (works | {"update": _update, "generate": _generate})[spec["work"]](spec)
 
 
 def text(vocab_size: int, length: int = 100_000) -> data.Corpus:
@@ -120,7 +119,7 @@ def _next_batches(run: loop.Run) -> tuple[np.ndarray, np.ndarray]:
     """Draw the batches that the run is about to draw, without moving its generator."""
     rng = copy.deepcopy(run.data_rng)
     sizes = run.training.batch, run.cfg.context
-    batches = [data.sample_batch(rng, run.corpus.train, *sizes) for _ in range(COMPARED_STEPS)]
+    batches = [data.sample_batch(rng, run.corpus.train, *sizes) for _ in range(BATCHES)]
     token, target = (np.stack(part) for part in zip(*batches, strict=True))
     return token, target
 
@@ -141,6 +140,30 @@ def _layer(spec: dict[str, Any]) -> Work:
         return y, *layer.moe_backward(dy, aux, cache)
 
     return _forward_and_backward(part, x, dy, params, spec)
+
+
+def _update(spec: dict[str, Any]) -> Work:
+    """Update a layer by gradients of few tokens: most of its experts have received none.
+
+    Nothing decays, so that who skips the idle ones computes what who does not does.
+    """
+    cfg: MoEConfig = config.from_dict(spec["moe"])
+    _settle(spec["workers"])
+    x, dy, rng = _rows(spec)
+    params = layer.init_moe(rng, cfg, spec["width"], "float32")
+    *_, cache = layer.moe_forward(x, params, cfg, reported=False)
+    _, grads = layer.moe_backward(dy, np.zeros((), "float32"), cache)
+    rule = AdamW(weight_decay=0.0, skip_idle=spec["skip_idle"])
+    state, steps = optimizer.init_state(params, rule), itertools.count()
+
+    def once() -> None:
+        optimizer.update(params, grads, state, rule, next(steps), rate=1e-5)
+
+    def values() -> dict[str, np.ndarray]:
+        once()
+        return _named("params", params)
+
+    return Work(lambda: _named("params", params), lambda given: None, values, once, {})
 
 
 def _mlp(spec: dict[str, Any]) -> Work:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -124,13 +125,19 @@ def race_all(
         difference = prepare(processes, Path(folder)) if same else None
         repeats = [_warm_up(process, block) for process in processes]
         times, foreign = [], []
-        while sum(share <= BUSY for share in foreign) < rounds and len(times) < patience * rounds:
+        while wanted(foreign, rounds, patience):
             turns = [_turn(p, n) for p, n in zip(processes, repeats, strict=True)]
             times.append([seconds for seconds, _ in turns])
             foreign.append(max(share for _, share in turns))
     sides, kept = summarize([worker.name for worker in workers], times, foreign)
     busy = sum(share > BUSY for share in foreign)
     return {"sides": sides, "rounds": kept, "busy": busy, "difference": difference}
+
+
+def this_package() -> dict[str, str]:
+    """Tell by a variable where all workers find the package: here, not in another checkout."""
+    own, given = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([own, given] if given else [own])}
 
 
 def tell(workers: list[Worker], facts: tuple[str, ...] = ()) -> list[dict]:
@@ -221,20 +228,32 @@ def summarize(
 
     Returns     the sides, and the number of rounds that were used
     """
-    quiet = [row for row, share in zip(times, foreign, strict=True) if share <= BUSY]
-    used = quiet if len(quiet) >= min(QUIET_ROUNDS, len(times)) else times
-    sides = []
+    rows, sides = used(times, foreign), []
     for i, name in enumerate(names):
-        ratio = spread([row[i] / row[0] for row in used]) if i else None
-        milliseconds = spread([1e3 * row[i] for row in used])
+        ratio = spread([row[i] / row[0] for row in rows]) if i else None
+        milliseconds = spread([1e3 * row[i] for row in rows])
         sides.append({"name": name, "milliseconds": milliseconds, "ratio": ratio})
-    return sides, len(used)
+    return sides, len(rows)
 
 
 def spread(values: list[float]) -> dict[str, float]:
     """Describe values by their median and their ends."""
     found = {"median": statistics.median(values), "low": min(values), "high": max(values)}
     return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def used(rows: list[Any], foreign: list[float]) -> list[Any]:
+    """Choose the quiet rows, or all if too few were quiet.
+
+    `foreign` is, for each, the share of the machine's time that others took.
+    """
+    quiet = [row for row, share in zip(rows, foreign, strict=True) if share <= BUSY]
+    return quiet if len(quiet) >= min(QUIET_ROUNDS, len(rows)) else rows
+
+
+def wanted(foreign: list[float], rounds: int, patience: int = PATIENCE) -> bool:
+    """Tell whether there must be another round: too few were quiet, and there is patience left."""
+    return sum(share <= BUSY for share in foreign) < rounds and len(foreign) < patience * rounds
 
 
 def _warm_up(process: Process, block: float) -> int:
@@ -249,9 +268,29 @@ def _turn(process: Process, repeats: int) -> tuple[float, float]:
     time.sleep(GAP)
     busy, started_at = machine_seconds(), time.perf_counter()
     answer = process.ask("go", repeats)
+    others = share_of_others(busy, started_at, answer["cpu"])
+    return statistics.median(answer["seconds"]), others
+
+
+def share_of_others(busy: float | None, started_at: float, own: float) -> float:
+    """Tell the share of the machine's time that others took since `started_at`.
+
+    `busy` is what `machine_seconds` said then, `own` the seconds of work that were not the others'.
+    """
+    if busy is None:
+        return 0.0
     took = (time.perf_counter() - started_at) * (os.cpu_count() or 1)
-    others = 0.0 if busy is None else machine_seconds() - busy - answer["cpu"]
-    return statistics.median(answer["seconds"]), max(0.0, others / took)
+    return max(0.0, (machine_seconds() - busy - own) / took)
+
+
+def cpu_seconds() -> float:
+    """Add up the time that this process and those that it started have worked."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        with open(f"/proc/{child.pid}/stat", encoding="ascii") as file:
+            user, system = file.read().rpartition(")")[2].split()[11:13]
+        total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def machine_seconds() -> float | None:

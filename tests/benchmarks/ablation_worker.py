@@ -62,6 +62,11 @@ def one_order(spec):
     experts.FEW = 0
 
 
+def idle_experts_too(spec):
+    """Update the experts without a token as all others."""
+    spec["skip_idle"] = False
+
+
 def products_of_all_threads(spec):
     """Without slices threads have no experts to share out: they meet in the products."""
     if spec["work"] == "layer" and spec["parts"] == spec["processes"] == 1:
@@ -99,6 +104,7 @@ SETTINGS = {
     "experts": products_of_two_threads,
     "parallel": threads_for_experts,
     "few": one_order,
+    "idle": idle_experts_too,
     "slices": products_of_all_threads,
     "keys": nothing_kept,
     "alone": as_a_batch,

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from moe_numpy import machine
 from moe_numpy.lab import bench_process
-from moe_numpy.lab.bench_process import Work, sketch
+from moe_numpy.lab.bench_process import COMPARED_STEPS, Work, sketch
 
 
 def build(spec):
@@ -72,7 +72,7 @@ def step_work(spec):
         optimizer.zero_grad(set_to_none=True)
         place[0], named = 0, below("change", ties)
         before = {name: tie.value() for name, tie in named.items()}
-        losses = torch.stack([once().detach() for _ in batches])
+        losses = torch.stack([once().detach() for _ in range(COMPARED_STEPS)])
         changes = {name: tie.value() - before[name] for name, tie in named.items()}
         return {"loss": losses.numpy(), **grads, **changes}
 
