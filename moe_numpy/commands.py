@@ -123,11 +123,7 @@ def train(options: argparse.Namespace) -> int:
     else:
         if options.out:
             folder = Path(options.out)
-            if (folder / "checkpoint.npz").exists():
-                raise ValueError(
-                    f"--out must be a folder without a run, got {folder}, which holds one. "
-                    f"Go on with it by --resume {_quoted(folder)}, or choose another folder."
-                )
+            _require_no_run(folder)
         run = settings.start(given)
     if options.processes > 1:
         team.require_possible(run.training.shards, options.processes)
@@ -139,15 +135,18 @@ def train(options: argparse.Namespace) -> int:
     _say(options, "Reference losses: " + _reference_line(references))
     folder = folder or _new_folder(Path("runs"))
     try:
-        loop.train(
-            run,
-            folder / "checkpoint.npz",
-            run.settings["save_every"] or 100,
-            run.settings["evaluate_every"],
-            processes=options.processes,
-        )
-        record = records.training_record(run, references)
-        _keep(record, folder / "training.json")
+        with files.held(folder):
+            if options.resume is None:  # while this one got ready, another may have been here
+                _require_no_run(folder)
+            loop.train(
+                run,
+                folder / "checkpoint.npz",
+                run.settings["save_every"] or 100,
+                run.settings["evaluate_every"],
+                processes=options.processes,
+            )
+            record = records.training_record(run, references)
+            _keep(record, folder / "training.json")
     except KeyboardInterrupt:
         stopped = f"Stopped after step {run.step} of {run.training.steps}."
         print(f"{stopped} {_way_on(folder)}", file=sys.stderr)
@@ -303,6 +302,8 @@ def notebooks(options: argparse.Namespace) -> int:
     sources = lessons.sources(options.folder, options.names)
     lessons.require_libraries()
     for source in sources:
+        lessons.require_untouched(source)
+    for source in sources:
         print(f"{source} ...", end="", flush=True)
         path = lessons.write(source)
         print(f" {path.name}, {path.stat().st_size // 1024} kB")
@@ -336,6 +337,11 @@ def _train_systems(options: argparse.Namespace) -> int:
     from moe_numpy.lab import systems as study_module
 
     sizes = {} if options.name is None else {"names": (options.name,)}
+    if sizes and not study_module.Study(**sizes).systems():
+        raise ValueError(
+            f"systems: a system must predict the next token to be trained, got {options.name}, "
+            "which looks at the whole sequence: an encoder. Choose another one."
+        )
     if options.seeds is not None:
         sizes["seeds"] = tuple(range(options.seeds))
     folder = _folder(options, bool(sizes), "systems")
@@ -536,6 +542,14 @@ def _way_on(folder: Path) -> str:
 def _quoted(path: Path) -> str:
     """Write a path as a shell reads it."""
     return shlex.quote(str(path))
+
+
+def _require_no_run(folder: Path) -> None:
+    if (folder / "checkpoint.npz").exists():
+        raise ValueError(
+            f"--out must be a folder without a run, got {folder}, which holds one. "
+            f"Go on with it by --resume {_quoted(folder)}, or choose another folder."
+        )
 
 
 def _new_folder(parent: Path) -> Path:

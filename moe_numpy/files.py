@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,3 +81,32 @@ def require_folder(folder: str | Path) -> None:
             f"output folder: {folder} must be writable, got: {error.strerror}. "
             "Choose another folder."
         ) from None
+
+
+@contextlib.contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Hold a folder within the block, so that no second run writes over what the first one does.
+
+    Where nobody can hold one (Windows, some file systems of a network) nobody is kept out.
+
+    Raises     ValueError if another process holds it, or another block of this one
+    """
+    try:
+        import fcntl  # which only Unix has
+    except ImportError:
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"output folder: {folder} must be of one run at a time, got another one at work. "
+                "Wait for its end, or choose another folder."
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(place)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from moe_numpy.config import (
     GATED,
-    ExpertChoice,
     GaussianNoise,
     Hierarchy,
     InputJitter,
@@ -263,7 +262,6 @@ def _router_tables(moe: MoEConfig) -> float:
     terms = {type(term) for term in moe.balance}
     learned, grouped = isinstance(moe.noise, LearnedNoise), isinstance(moe.selection, Hierarchy)
     tables = 1 + (moe.score != "softmax") + 2 * learned + isinstance(moe.noise, GaussianNoise)
-    tables += 3 * isinstance(moe.selection, ExpertChoice)
     if grouped:
         tables += 3 + 2 * learned + (LoadLoss in terms)
         return (moe.num_experts + moe.selection.groups) * tables

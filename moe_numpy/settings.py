@@ -78,7 +78,9 @@ OPTIONS = {
         "batch": Option(int, 12, "sequences in a batch"),
         "shards": Option(int, 1, "parts of a batch, each routed by itself; threads share them out"),
         "rate": Option(float, 1e-3, "peak learning rate"),
-        "final-rate": Option(float, 1e-4, "learning rate at the end of the cosine"),
+        "final-rate": Option(
+            float, 1e-4, "learning rate at the end of the cosine, if below --rate"
+        ),
         "warmup": Option(int, 100, "steps of linear rise"),
         "optimizer": Option(("adamw", "sgd"), "adamw", "how gradients move the weights"),
         "beta1": Option(float, 0.9, "decay of AdamW's gradient average"),
@@ -181,7 +183,8 @@ def resume(path: Path, flags: dict[str, Any]) -> loop.Run:
                 f"--{name.replace('_', '-')} must be that of the run ({stored.get(name)}), got "
                 f"{value}. Leave it out, or start a new run with another --out."
             )
-    return loop.load_run(path, _corpus(text))
+    run = loop.load_run(path, _corpus(text))
+    return _keep(run.settings | {"text": text}, run)
 
 
 def describe(run: loop.Run) -> str:

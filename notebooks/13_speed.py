@@ -4,9 +4,9 @@
 # Plain NumPy is thought of as slow. This page goes through what made the package's training steps
 # fast, one optimization after the other: the idea, a small calculation or check that you can run,
 # and the gain that was measured on an AMD EPYC. There the steps are clearly faster than PyTorch's,
-# but much of that is a gift: NumPy's library of matrix products is more than twice as fast there as
-# PyTorch's. On an Intel Xeon, an older version of the package was about as fast as PyTorch, some
-# steps a little slower. (The races are in the README.)
+# but much of that is a gift: NumPy's library of matrix products is, by its median, more than twice
+# as fast there as PyTorch's. On an Intel Xeon, an older version of the package was about as fast as
+# PyTorch, some steps a little slower. (The races are in the README.)
 #
 # **After this page you can**
 #
@@ -69,6 +69,7 @@ removals = files.read_json(FIGURES / "speed_steps.json")
 print(bench_report.machine_line(removals))
 print("rounds:", *sorted({row["rounds"] for row in removals["rows"]}))
 models = dict(zip(bench_report.row_names(removals), removals["rows"], strict=True))
+wide = max(map(len, models))
 
 
 def show(step):
@@ -76,15 +77,14 @@ def show(step):
     for name, row in models.items():
         found = bench_report.gain(row, step)
         if found:
-            print(
-                f"    {name:22} {found['median']:5.2f} ({found['low']:.2f} to {found['high']:.2f})"
-            )
+            spread = f"({found['low']:.2f} to {found['high']:.2f})"
+            print(f"    {name:{wide}} {found['median']:5.2f} {spread}")
 
 
 # %% [markdown]
 # Three models were measured in training (all with 4 layers of width 128: a dense one, one with
-# experts, and a Mixtral-like one with gated experts), one MoE layer alone with 128 experts, and the
-# Mixtral-like model while it writes text.
+# experts, and a Mixtral-like one with gated experts), one MoE layer alone with 128 experts, an
+# update of experts of which few received a token, and the Mixtral-like model while it writes text.
 #
 # ## 2. The limit: matrix products
 #
@@ -112,6 +112,9 @@ for row in races["rows"]:
 
 # %% [markdown]
 # So if everything else cost nothing, a step would be faster by about that factor, and by no more.
+# (A share above 100 % cannot be. It is of a round in which something disturbed the products alone,
+# and slowed them down more than the steps beside them. The medians do not mind.)
+#
 # The last line of each model is the same step with older kernels (the inner loops of the library),
 # for registers of half the width. Its products take longer, everything else takes as long as
 # before: so the factor is smaller. The faster the products, the more the rest matters (Amdahl
@@ -246,7 +249,7 @@ print("leaves for shards on threads (ratio of the medians):")
 for name, row in models.items():
     gains = [bench_report.gain(row, step) for step in ("shards", "processes")]
     if all(gains):
-        print(f"    {name:22} {gains[0]['median'] / gains[1]['median']:5.2f}")
+        print(f"    {name:{wide}} {gains[0]['median'] / gains[1]['median']:5.2f}")
 
 # %% [markdown]
 # Read the last lines: what is left is the gain of shards that threads compute. Where it is near 1,
@@ -261,8 +264,8 @@ for name, row in models.items():
 #
 # In the layer of 128 experts, each has about 16 rows. Its product is so small that the library's
 # preparations (it first copies the matrices into an order of its own) are a large part of the work.
-# Smaller pieces of the matrix skip these preparations (if the processor has AVX-512; kernels for
-# others prepare everything).
+# Smaller pieces of the matrix skip these preparations. (OpenBLAS's kernels for AVX-512 skip them;
+# those for AVX2, which older processors need, prepare everything. Both were measured.)
 
 # %%
 few = (rng.standard_normal((64, 128)).astype("float32"), np.arange(0, 65, 16))  # 16 rows each
@@ -296,8 +299,15 @@ show("parallel")
 #
 # What remains is the cost of the matrices themselves. An expert without tokens is not multiplied,
 # but its gradient is an array of zeros all the same, which must be written, and read by the
-# optimizer. `AdamW(skip_idle=True)` (`train --skip-idle`) leaves such experts alone, and says how
-# its mathematics then differs.
+# optimizer. `AdamW(skip_idle=True)` (`train --skip-idle`) leaves such experts alone, and its
+# docstring says how its mathematics then differs.
+
+# %%
+show("idle")
+
+# %% [markdown]
+# The zeros are still written, and read once to find out who is idle. With thousands of experts and
+# few tokens that is most of the work, and it grows with all the matrices, not only those in use.
 #
 # ## 8. Writing text
 #
@@ -329,7 +339,7 @@ for name, row in models.items():
         found = bench_report.gain(row, step)
         if found["low"] <= 1 <= found["high"]:
             spread = f"({found['low']:.3f} to {found['high']:.3f})"
-            print(f"{name:22} {found['median']:.2f} {spread:18} {bench.STEPS[step]}")
+            print(f"{bench.STEPS[step]}\n    {name:{wide}} {found['median']:5.2f} {spread}")
 
 # %% [markdown]
 # Blocks in the optimizer keep its temporaries small, whatever the size of the largest array, and

@@ -1128,3 +1128,35 @@ def test_each_library_is_raced_if_it_is_there(torch, transformers, rivals):
     plan = PLAN._replace(torch=torch, transformers=transformers)
     assert len(plan.rivals("Mixtral")) == rivals
     assert len(plan.rivals("MoE")) == (7 if torch else 0)
+
+
+def test_the_dense_rival_of_the_overhead_does_the_same_active_work(monkeypatch):
+    raced = []
+    monkeypatch.setattr(bench.Plan, "race", lambda self, workers, same: raced.append(workers) or {})
+    for quick in (True, False):
+        list(bench._overhead(PLAN._replace(quick=quick), lambda _: None))
+    for dense, moe_side in raced:
+        moe = config.from_dict(moe_side.spec["moe"])
+        assert dense.spec["hidden"] == moe.top_k * moe.hidden
+    assert len(raced) == 2
+
+
+def test_blocks_are_short_and_patience_is_none_in_a_quick_run_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(race, "race_all", lambda workers, *knobs: asked.append(knobs))
+    for quick in (True, False):
+        PLAN._replace(quick=quick).race([])
+    assert asked == [(1, 0.02, True, 1), (1, 0.3, True, race.PATIENCE)]
+
+
+def test_layers_of_top_1_take_few_rounds(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "_layer", lambda plan, name, moe, _: asked.append((plan, moe.top_k)))
+    list(bench._layers(PLAN._replace(rounds=7, quick=False), lambda _: None))
+    assert {(plan.rounds, k) for plan, k in asked} == {(7, 2), (3, 1)}
+
+
+def test_the_seconds_of_a_turn_are_their_median(monkeypatch):
+    clock = itertools.accumulate([0.0, 1.0, 0.0, 9.0, 0.0, 2.0])
+    monkeypatch.setattr(bench_products, "time", SimpleNamespace(perf_counter=clock.__next__))
+    assert bench_products._seconds(lambda: None, 3) == 2.0

@@ -510,3 +510,15 @@ def test_a_pair_checked_alone_sees_the_numbers_it_sees_among_all(package):
     [alone] = gradcheck.check_all(["double"], cases, seed=4)
     assert alone in gradcheck.check_all(cases=cases, seed=4)
     assert alone not in gradcheck.check_all(cases=cases, seed=5)
+
+
+def test_the_gradient_of_what_has_no_docstring_is_judged_too(package):
+    package(ops=OPS.replace('"Undo."', "").replace("return 2 * dy", "return 3 * dy"))
+    wrong, mute = failures()
+    assert "double_backward has no docstring" in mute and "docstring" not in wrong
+
+
+def test_only_a_function_can_be_swapped_in():
+    with pytest.raises(ValueError, match="what stands for 'dots' must be a function, got int"):
+        with registry.swap("dots", 3):
+            pass

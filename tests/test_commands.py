@@ -369,3 +369,64 @@ def test_what_cannot_be_written_is_told_before_anything_is_measured(command, tmp
     (tmp_path / name).mkdir()
     assert commands.main([*command.split(), "--out", str(tmp_path)]) == 1
     assert f"{name} must be a file, got a folder" in capsys.readouterr().err
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(elsewhere, capsys):
+    (elsewhere / "o").mkdir()
+    with files.held("o"):
+        out = main(capsys, "train", *tiny.FLAGS, "--text", "text", "--out", "o", status=1)
+        assert "o must be of one run at a time, got another one at work" in out.err
+    main(capsys, "train", *tiny.FLAGS, "--text", "text", "--out", "o")
+    with files.held("o"):
+        out = main(capsys, "train", "--resume", "o", status=1)
+        assert "must be of one run at a time" in out.err
+
+
+def test_a_run_that_came_while_this_one_got_ready_is_not_written_over(
+    elsewhere, capsys, monkeypatch
+):
+    def slow(corpus):
+        Path("o", "checkpoint.npz").write_text("of another run")
+        return {}
+
+    monkeypatch.setattr(commands, "_references", slow)
+    monkeypatch.setattr(commands, "_reference_line", str)
+    out = main(capsys, "train", *tiny.FLAGS, "--text", "text", "--out", "o", status=1)
+    assert "--out must be a folder without a run, got o" in out.err
+    assert Path("o", "checkpoint.npz").read_text() == "of another run"
+
+
+def test_a_run_remembers_where_its_text_has_gone(elsewhere, capsys):
+    main(capsys, "train", *tiny.FLAGS, "--text", "text", "--out", "o")
+    Path("text").rename("moved")
+    found = settings.resume(Path("o", "checkpoint.npz"), {"text": "moved"})
+    assert found.settings["text"] == str(elsewhere / "moved")
+
+
+@pytest.mark.parametrize("name", ["expert_choice", "soft_moe"])
+def test_an_encoder_is_not_trained_beside_the_others(name, capsys):
+    out = main(capsys, "systems", name, "--train", status=1)
+    assert f"must predict the next token to be trained, got {name}" in out.err
+
+
+def test_a_checkpoint_that_is_text_is_refused_without_advice_to_unpickle_it(elsewhere, capsys):
+    Path("x.npz").write_text('{"format": 1}')
+    out = main(capsys, "generate", "--checkpoint", "x.npz", status=1)
+    assert "foreign file (no archive of arrays)" in out.err and "pickle" not in out.err
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(monkeypatch):
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "open", closed, raising=False)
+    with pytest.raises(ValueError, match="must be a file that can be read, got: Permission denied"):
+        checkpoint.load_checkpoint("x")
+
+
+@pytest.mark.parametrize("study", ['["a"]', "3", "null", '{"a": 1}'])
+def test_a_record_of_no_study_is_refused(study, elsewhere, capsys):
+    Path("f").mkdir()
+    Path("f", "x.json").write_text('{"study": ' + study + "}")
+    out = main(capsys, "figures", "f", status=1)
+    assert "x.json must be the record of a study" in out.err

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_numpy import config as c
-from moe_numpy import tree
+from moe_numpy import settings, tree
 from moe_numpy.transformer import model
 
 
@@ -372,3 +372,20 @@ def test_a_fraction_or_an_array_is_no_setting():
 
 def test_a_model_of_absurdly_many_layers_is_counted_at_once():
     assert lm(layers=10**18, moe=moe(), hidden=None).moe_count == 10**18
+
+
+def test_the_defaults_are_those_that_the_documentation_names():
+    sinkhorn, run, adam = c.Sinkhorn(), c.TrainingConfig(), c.AdamW()
+    assert (sinkhorn.tolerance, sinkhorn.most) == (1e-4, 100)
+    assert (c.GaussianNoise().std, c.LearnedNoise().floor, c.InputJitter().eps) == (1.0, 0.01, 0.01)
+    assert (run.rate, run.final_rate, run.warmup, run.clip) == (1e-3, 1e-4, 100, 1.0)
+    assert (adam.beta1, adam.beta2, adam.eps, adam.weight_decay) == (0.9, 0.99, 1e-8, 0.1)
+    assert (lm().theta, lm().norm_eps, moe().router_std) == (10_000.0, 1e-5, 0.02)
+
+
+def test_the_command_line_has_the_same_defaults():
+    default = settings.start({})
+    assert default.training == dataclasses.replace(c.TrainingConfig(), steps=1000)
+    told = {kind: settings.NOISES[kind]() for kind in settings.NOISES if kind != "none"}
+    numbers = [getattr(noise, settings.NOISE_KNOB[kind]) for kind, noise in told.items()]
+    assert numbers == [0.01, 1.0, 0.01]  # as --help says

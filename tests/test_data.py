@@ -331,3 +331,22 @@ def test_the_arithmetic_multiplies_all_numbers_up_to_twelve():
     text = data._arithmetic(20_000, np.random.default_rng(0))
     factors = {int(x) for pair in re.findall(r"(?m)^(\d+)\*(\d+)=", text) for x in pair}
     assert factors == set(range(13))
+
+
+def test_the_terms_of_sums_are_all_below_a_hundred():
+    text = data._arithmetic(60_000, np.random.default_rng(0))
+    sums = [line for line in text.splitlines()[:-1] if "*" not in line]
+    terms = {int(n) for line in sums for n in re.findall(r"\d+", line.partition("=")[0])}
+    assert terms == set(range(100))
+
+
+def test_the_smallest_corpus_is_whole_and_a_split_is_rounded_down():
+    for seed in range(30):
+        corpus = data.default_corpus(30, seed)
+        assert len(corpus.train) + len(corpus.validation) == 30
+    assert len(data.default_corpus(3 * 1011).train) == 3 * 909  # 909.9 of each domain
+
+
+def test_the_experts_of_the_clusters_start_at_their_gain():
+    task = clusters.cluster_task(0, clusters=50, width_in=16)
+    assert task.w_in_ECF.std() == pytest.approx(clusters.GAIN / 4, rel=0.02)

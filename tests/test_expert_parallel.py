@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -536,3 +537,43 @@ def test_parameters_without_experts_and_other_systems_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="on Linux, got a run on the GPU"), parallel(params):
         pass
     assert not multiprocessing.active_children()
+
+
+def test_half_of_what_a_call_has_shown_of_the_paces_is_believed():
+    crew = expert_parallel._Crew.__new__(expert_parallel._Crew)
+    crew.size, crew.paces = 2, [0.5, 0.5]
+    crew._learn([3.0, 1.0], [0.5, 0.5])
+    assert crew.paces == pytest.approx([0.375, 0.625])  # between a half and a quarter
+
+
+def test_the_end_of_the_block_waits_for_a_layer_in_another_thread():
+    params, seen = layer.init_moe(0, tiny.moe(), 4, "float64"), []
+    with ThreadPoolExecutor(1) as pool:
+        with expert_parallel.expert_parallel(params, 8, 2):
+            [crew] = processes._holders.get()
+            held, go = threading.Event(), threading.Event()
+
+            def work():
+                with crew._lock:
+                    held.set()
+                    go.wait()
+                    time.sleep(0.1)
+                    seen.append(crew.at_work)
+
+            busy = pool.submit(work)
+            held.wait()
+            go.set()
+        busy.result()
+    assert seen == [True]
+
+
+def test_ctrl_c_does_not_end_the_members():
+    params, cfg = layer.init_moe(0, tiny.moe(), 4, "float64"), tiny.moe()
+    x_NC = np.ones((4, 4))
+    with expert_parallel.expert_parallel(params, 8, 2) as shared:
+        [member] = multiprocessing.active_children()
+        layer.moe_forward(x_NC, shared, cfg)
+        os.kill(member.pid, signal.SIGINT)
+        time.sleep(0.05)
+        layer.moe_forward(x_NC, shared, cfg)
+        assert member.is_alive()

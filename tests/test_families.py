@@ -549,3 +549,29 @@ def test_the_gate_of_a_shared_expert_starts_as_small_as_the_router():
     cfg = MoEConfig(num_experts=4, top_k=2, hidden=8, shared=Shared(hidden=8, gated=True))
     drawn = shared.init_shared(np.random.default_rng(0), cfg, 4096, "float64")
     assert drawn.gate_C1.std() == pytest.approx(cfg.router_std, rel=0.1)
+
+
+def test_overflow_in_a_hierarchy_ranks_probabilities_that_are_rounded_to_zero():
+    moe = MoEConfig(
+        num_experts=6,
+        top_k=1,
+        hidden=4,
+        selection=Hierarchy(groups=2, kept=1),
+        capacity=Capacity(factor=1.5, overflow="next_best"),
+    )
+    params = layer.init_moe(0, moe, 2, "float32")
+    primary_CE, secondary_CE = np.zeros((2, 2), "float32"), np.zeros((2, 6), "float32")
+    primary_CE[0], secondary_CE[0] = [0, -200], [0, -400, -300, -600, -500, -550]
+    primary = params.router.primary._replace(w_CE=primary_CE)
+    secondary = params.router.secondary._replace(w_CE=secondary_CE)
+    router = params.router._replace(primary=primary, secondary=secondary)
+    _, _, report, _ = layer.moe_forward(
+        np.ones((4, 2), "float32"), params._replace(router=router), moe
+    )
+    assert report.load_E.tolist() == [1, 0, 1, 0, 1, 1]
+
+
+def test_the_shared_expert_starts_as_deep_as_the_others():
+    moe = MoEConfig(num_experts=2, top_k=1, hidden=64, shared=Shared(hidden=400))
+    params = layer.init_moe(0, moe, 64, "float64", depth=9)
+    assert params.shared.mlp.out_FC.std() == pytest.approx(0.02 / 3, rel=0.05)

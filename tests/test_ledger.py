@@ -10,6 +10,7 @@ import pytest
 from moe_numpy import ledger, presets, tree
 from moe_numpy.backend import xp
 from moe_numpy.config import (
+    Capacity,
     ExpertChoice,
     Hierarchy,
     LearnedNoise,
@@ -299,3 +300,33 @@ def test_latent_attention_by_hand():
 def test_what_cannot_be_counted_is_refused(ask, words):
     with pytest.raises(ValueError, match=words):
         ask(tiny_model())
+
+
+def test_rotary_positions_have_no_table_to_read():
+    sizes = {"vocab_size": 5, "context": 4, "layers": 1, "width": 8, "heads": 2, "hidden": 4}
+    cfg = ModelConfig(**sizes, positions="rotary")
+    assert ledger.count(cfg)["positions"] == ledger.Row(part="positions")
+
+
+def test_what_a_gated_shared_expert_and_a_second_feed_forward_leave_is_counted():
+    sizes = {"vocab_size": 11, "context": 6, "layers": 1, "width": 8, "heads": 2}
+
+    def left(moe, **changes):
+        return ledger._left(ModelConfig(**sizes, **changes, moe=moe), 0, 2)
+
+    plain = MoEConfig(num_experts=4, top_k=2, hidden=3)
+    shared, gated = (
+        dataclasses.replace(plain, shared=Shared(hidden=5, gated=gated)) for gated in (False, True)
+    )
+    assert left(gated) - left(shared) == 8
+    assert left(plain, extra_ffn=True, hidden=5) - left(plain) == 2 * 8 + 2 * 5
+
+
+def test_a_group_larger_than_the_batch_is_the_batch():
+    def memory(group):
+        limit = Capacity(factor=0.5, minimum=8, group=group)
+        moe = MoEConfig(num_experts=4, top_k=2, hidden=4, capacity=limit)
+        sizes = {"vocab_size": 5, "context": 4, "layers": 1, "width": 8, "heads": 2}
+        return ledger.step_memory(ModelConfig(**sizes, moe=moe), 2)
+
+    assert memory(4096) == memory(None)

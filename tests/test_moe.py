@@ -21,12 +21,13 @@ from moe_numpy.config import (
     LearnedNoise,
     LoadLoss,
     MoEConfig,
+    SecondExpert,
     Shared,
     SoftSlots,
     SwitchLoss,
     ZLoss,
 )
-from moe_numpy.moe import balance, experts, layer, mlp, router
+from moe_numpy.moe import balance, experts, layer, mlp, router, score
 from moe_numpy.ops import softmax
 
 N, C, E, F = 11, 6, 5, 3
@@ -759,3 +760,22 @@ def test_a_gradient_that_is_not_like_the_result_is_refused(kind, dy):
     wanted = r"moe_backward: dy must have the shape \(5, 4\) and the type float32 of y, got .*"
     with pytest.raises(ValueError, match=f"{wanted}{re.escape(str(dy.shape))} and {dy.dtype}"):
         layer.moe_backward(dy, np.float32(0), cache)
+
+
+def test_each_matrix_of_an_mlp_of_three_branches_starts_at_its_scale():
+    params = mlp.init_mlp(np.random.default_rng(0), 64, 400, "swiglu3", "float64", 4)
+    found = {name: array.std() for name, array in params._asdict().items()}
+    wide = dict.fromkeys(("in_CF", "up_CF", "third_CF"), 1 / 8)
+    assert found == pytest.approx(wide | {"out_FC": 0.01}, rel=0.05)
+
+
+def test_the_coin_of_the_second_expert_is_even_between_zero_and_one():
+    cfg = tiny.moe(selection=SecondExpert())
+    coin = router.draw_noise(np.random.default_rng(0), cfg, 4000, 3, "float64")
+    assert coin.min() >= 0 and coin.max() < 1
+    assert abs(coin.mean() - 0.5) < 0.02 and abs(coin.std() - 12**-0.5) < 0.01
+
+
+def test_shares_of_tiny_scores_are_shares():
+    found, _ = score.share_forward(np.array([[1e-20, 3e-20]]))
+    np.testing.assert_allclose(found, [[0.25, 0.75]])

@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from moe_numpy import commands
 from moe_numpy.classroom import lessons
 
 ROOT = Path(__file__).parent.parent
@@ -158,3 +159,58 @@ def test_notebooks_run_in_jupyterlab_in_a_real_browser(tmp_path):
             )
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout) == {"failed": [], "errors": []}
+
+
+@pytest.fixture
+def lesson(tmp_path):
+    """Write the source of a notebook, and give what builds it."""
+
+    def write(*cells):
+        source = tmp_path / "01_short.py"
+        source.write_text("".join(f"# %%\n{cell}\n\n" for cell in cells), "utf-8")
+        return source
+
+    return write
+
+
+def test_solutions_in_a_notebook_are_not_built_over(lesson, capsys):
+    source = lesson("x = 1", "raise NotImplementedError")
+    path = source.with_suffix(".ipynb")
+    nbformat.write(lessons.build(source), path)
+    lesson("x = 2", "raise NotImplementedError")
+    lessons.require_untouched(source)  # the source alone has changed: that is what building is for
+    solved = nbformat.read(path, as_version=4)
+    solved.cells[1].source = "the solution"
+    nbformat.write(solved, path)
+    before = path.read_bytes()
+    assert commands.main(["notebooks", "--folder", str(source.parent)]) == 1
+    assert "01_short.ipynb must be as it was built, got cell 2 changed" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    path.write_text("{")
+    with pytest.raises(ValueError, match="must be as it was built"):
+        lessons.require_untouched(source)
+
+
+def test_the_committed_notebooks_are_taken_for_untouched():
+    for source in SOURCES:
+        lessons.require_untouched(source)
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ("1 / 0", "cell 2: ZeroDivisionError: division by zero. It begins with '1 / 0'"),
+        ("import os; os._exit(1)", "cell 2: DeadKernelError: "),
+    ],
+)
+def test_a_cell_that_fails_is_told_in_a_line(cell, words, lesson):
+    with pytest.raises(ValueError, match="notebooks: every cell must run") as told:
+        lessons.write(lesson("x = 1", cell))
+    assert words in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_source_that_is_no_text_is_told_by_name(lesson):
+    source = lesson()
+    source.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"01_short\.py must be UTF-8"):
+        lessons.build(source)

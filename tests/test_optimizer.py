@@ -12,6 +12,7 @@ from moe_numpy.config import SGD, AdamW, TrainingConfig
 from moe_numpy.moe import jacobs
 from moe_numpy.ops import rows
 from moe_numpy.training import loop, optimizer
+from moe_numpy.transformer import model
 
 ADAMS = (
     AdamW(),
@@ -295,3 +296,33 @@ def test_where_launches_cost_work_is_not_cut_into_blocks(few, monkeypatch):
     calls.clear()
     rows.in_blocks(lambda x: calls.append(1), np.ones((3, rows.BLOCK)))
     assert len(calls) == (1 if few else 3)
+
+
+def test_a_final_rate_above_the_rate_makes_it_constant_and_not_rising():
+    cfg = TrainingConfig(steps=20, warmup=5, rate=1e-5)
+    assert {cfg.rate_at(step) for step in range(5, 21)} == {1e-5}
+
+
+def test_skipping_idle_experts_spares_no_vector_of_the_router():
+    params = model.init_model(0, tiny.model(tiny.moe(router_bias=True)))
+    before, cfg = tree.map(np.copy, params), AdamW(skip_idle=True)
+    ones = tree.map(np.ones_like, params)
+    optimizer.update(params, ones, optimizer.init_state(params, cfg), cfg, 0, 0.1)
+    for (name, after), old in zip(tree.named_leaves(params), tree.leaves(before), strict=True):
+        assert (after != old).all(), name
+
+
+def test_a_tiny_norm_is_clipped_as_any_other():
+    plain = {"optimizer": SGD(momentum=0.0), "warmup": 0, "rate": 0.25, "steps": 1}
+    cfg = tiny.model(tiny.moe(), logit_scale=1e-4)
+
+    def moved(clip):
+        run = loop.new_run(tiny.corpus(), cfg, tiny.training(clip=clip, **plain), "float64")
+        before = tree.map(np.copy, run.params)
+        loop.train(run, show_progress=False)
+        way = tree.map(lambda a, b: (a - b) / 0.25, before, run.params)
+        return optimizer.norm(way), run.series.norm[0]
+
+    _, norm = moved(None)
+    length, _ = moved(norm / 3)
+    assert norm < 1e-3 and length == pytest.approx(norm / 3, rel=1e-6)

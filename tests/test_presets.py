@@ -459,3 +459,49 @@ def test_presets_load_no_array_library():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "moe_numpy.ledger" in done.stdout.split()
     assert not {"numpy", "matplotlib", "moe_numpy.backend"} & set(done.stdout.split())
+
+
+def test_the_numbers_of_the_papers_that_no_count_shows_are_as_they_were_read():
+    models = {name: presets.get(name).model for name in presets.names()}
+
+    def those(read, usual):
+        found = {name: read(cfg) for name, cfg in models.items()}
+        return {name: value for name, value in found.items() if value != usual}
+
+    def switch(cfg):
+        terms = [term for term in cfg.moe.balance if isinstance(term, c.SwitchLoss)]
+        return [(term.counted, term.divide, term.group) for term in terms]
+
+    undivided = [(None, False, None)]
+    usual = ([], [(None, True, None)])
+    assert {n: s for n, s in those(switch, None).items() if s not in usual} == {
+        "gshard": [(1, True, 2048)],
+        "noise_overflow": [(4, True, None)],
+        "st_moe": undivided,
+        "openmoe_8b": undivided,
+        "mixtral_8x7b": undivided,
+        "deepseek_v3": [(None, True, 4096)],
+        "qwen3_moe": undivided,
+    }
+    rotary = those(lambda cfg: cfg.theta, 10_000.0)
+    wanted = {"mixtral_8x7b": 1e6, "qwen3_moe": 1e6, "gpt_oss": 150_000.0, "llama4": 500_000.0}
+    assert rotary == wanted
+    assert those(lambda cfg: cfg.moe_layers, None) == {
+        "gshard": tuple(range(1, 18, 2)),
+        "switch": tuple(range(1, 12, 2)),
+        "vmoe": tuple(range(1, 12, 2)),
+        "base": (12,),
+        "st_moe": tuple(range(3, 27, 4)),
+        "expert_choice": tuple(range(1, 12, 2)),
+        "soft_moe": tuple(range(6, 12)),
+        "openmoe_8b": (5, 11, 17, 23),
+        "deepseek_v3": tuple(range(3, 61)),
+    }
+    averaged = those(lambda cfg: cfg.balance_over_layers, "sum")
+    assert averaged.keys() == {"olmoe", "openmoe_8b", "st_moe"}
+    assert those(lambda cfg: cfg.moe.same_start, False).keys() == {"vmoe"}
+    assert those(lambda cfg: cfg.moe.router_bias, False).keys() == {"jacobs1991", "gpt_oss"}
+    assert models["deepseekmoe"].moe.router_std == 0.006
+    assert models["vmoe"].moe.balance[0].of == "probabilities"
+    assert models["gshard"].head_size == 128
+    assert presets.tiny("switch").hidden == 256

@@ -173,7 +173,7 @@ def test_the_speed_tables_are_those_of_the_records(speed):
     for found in speed:
         assert not found["quick"]
         memory = [v for v in found["verdicts"] if "memory" in v["wanted"]]
-        assert len(memory) == 3 and all(0.25 < float(v["measured"]) < 0.4 for v in memory)
+        assert len(memory) == 3 and all(0.25 < float(v["measured"]) <= 0.4 for v in memory)
         assert says("Training needs a quarter to two fifths of what PyTorch needs")
         rows = [row for row in found["rows"] if row["row"] in ("step", "generation")]
         assert {row["rounds"] for row in rows} == {7}
@@ -191,7 +191,8 @@ def test_the_lead_on_the_first_processor_is_that_of_its_library_as_the_text_says
     found, _ = speed
     assert "AMD" in found["machine"]["cpu"]
     [[product]] = ratios(found, "product").values()
-    assert 2 < product["low"] and says("(OpenBLAS) is more than twice as fast there")
+    assert product["low"] < 2 < product["median"]
+    assert says("(OpenBLAS) is, by its median, more than twice as fast there")
     assert says("On the AMD processor we are faster in every round.")
     for kind in ("product", "step", "generation"):
         assert all(r["low"] > 1 for rivals in ratios(found, kind).values() for r in rivals), kind
@@ -200,24 +201,36 @@ def test_the_lead_on_the_first_processor_is_that_of_its_library_as_the_text_says
     assert set(kinds_of_layers(found).values()) == {"faster"}
     missed = [v for v in found["verdicts"] if not v["met"]]
     assert [verdict["wanted"].partition(":")[0] for verdict in missed] == [
-        "layer of 1024 experts against the best",
+        "layer of 128 experts against the best",
+        "generation against Transformers generate",
         "MoE step over its matrix products alone",
         "Mixtral step over its matrix products alone",
         "MoE step over its products, kernels for AVX2",
     ]
     assert says(
-        "The AMD record misses four: that a layer of 1,024 experts is 2.2 times as fast as the "
-        "fastest alternative (the layer of 128 is), and that the MoE and Mixtral steps take at "
-        "most 1.6 times as long as their products, the MoE step with kernels for AVX2 as well."
+        "The AMD record misses five: that a layer of 128 experts is 2.2 times as fast as the "
+        "fastest alternative (the layer of 1,024 is, by its median), that generation is eight "
+        "times as fast as Transformers (it is if that runs its experts eagerly, not with grouped "
+        "products), that the MoE and Mixtral steps take at most 1.6 times as long as their "
+        "products, and by a hair the same of the MoE step with kernels for AVX2."
     )
-    [written] = ratios(found, "generation").values()
-    assert all(ratio["low"] < 8 < ratio["median"] for ratio in written)
-    assert says("Generation meets its aim, eight times the speed of Transformers, by its medians;")
+    rows = [row for row in found["rows"] if row["row"] == "layer" and row["top_k"] == 2]
+    [many] = [row for row in rows if (row["hidden"], row["experts"]) == (512, 1024)]
+    closest = bench_report._closest(many)["ratio"]
+    assert closest["low"] < 2.2 < closest["median"]
+    [(eager, grouped)] = ratios(found, "generation").values()
+    assert grouped["median"] < 8 < eager["low"]
+    steps = [row for row in found["rows"] if row["row"] == "step"]
     for kernels in ("products", "narrow"):
-        steps = [row for row in found["rows"] if row["row"] == "step"]
-        times = [row[kernels]["step_over_products"]["median"] for row in steps]
-        told = "take {:.2f}, {:.2f} and {:.2f} times as long".format(*times)
-        assert says(told)
+        times = [bench_report._spread(row[kernels]["step_over_products"]) for row in steps]
+        assert says("take {}, {} and {} times as long".format(*times))
+    assert min(row["products"]["step_over_products"]["low"] for row in steps) < 1
+    assert 1.6 < steps[1]["narrow"]["step_over_products"]["median"] < 1.605
+    [(_, most)] = ratios(found, "growth").values()
+    told = bench_report._spread(most).replace(" ", "-fold ", 1)
+    assert says(
+        f"From 8 to 1,024 small experts the cost of a layer grows {told} for the same 4,096 tokens"
+    )
     shared_out = {
         (row["hidden"], row["experts"])
         for row in found["rows"]
@@ -284,26 +297,31 @@ def test_where_a_layer_is_faster_is_told_as_the_record_has_it(speed):
 
 
 def test_the_steps_that_count_are_those_that_the_text_names():
-    *rows, layer, text = record("speed_steps")["rows"]
+    *rows, layer, narrow, update, text = record("speed_steps")["rows"]
     sure = {
         row["name"]: {step for step in row["steps"] if bench_report.gain(row, step)["low"] > 1}
         for row in rows
     }
-    assert set.intersection(*sure.values()) == {"float32"}
-    assert [name for name, steps in sure.items() if "shards" in steps] == ["dense", "Mixtral"]
+    everywhere = {"float32", "shards", "processes"}
+    assert set.intersection(*sure.values()) == everywhere
+    assert sure["MoE"] & sure["Mixtral"] == everywhere | {"slices", "gather"}
     assert says(
-        "float32 is a sure gain in all three models, and a split of the batch into shards, one for "
-        "each core, in a process each, in the dense and the Mixtral step."
+        "float32 and a split of the batch into shards, one for each core, in a process each, are "
+        "sure gains in all three models; with experts, so are slices of rows that are sorted by "
+        "expert (no padding) and a look-up on the way back."
     )
     assert (layer["name"][:5], text["name"]) == ("layer", "generation")
     lows = {step: bench_report.gain(layer, step)["low"] for step in layer["steps"]}
-    sure_there = {"slices", "experts", "memory", "few", "gather"}
-    assert {step for step, low in lows.items() if low > 1} == sure_there
+    named = {"experts", "parallel", "slices", "memory", "few", "gather", "activations"}
+    assert lows.keys() == named and min(lows.values()) > 1
     assert says(
-        "sharing the experts out, slices of rows that are sorted by expert (no padding), keeping "
-        "memory, narrow parts for few rows, and a look-up on the way back are; that processes "
-        "share experts out, not threads, is a gain by its median, in a spread that includes 1."
+        "In a layer with many experts, every optimization that was measured there is one: sharing "
+        "the experts out, by processes and not threads, slices, keeping memory, narrow parts for "
+        "few rows, the look-up, and activations in blocks."
     )
-    assert lows["parallel"] < 1 < bench_report.gain(layer, "parallel")["median"]
+    few = bench_report.gain(narrow, "few")
+    assert narrow["name"].endswith("kernels for AVX2") and few["median"] < 1
+    assert says("With kernels for AVX2 the narrow parts do not help.")
+    assert bench_report.gain(update, "idle")["low"] > 1
     lows = {step: bench_report.gain(text, step)["low"] for step in text["steps"]}
     assert {step for step, low in lows.items() if low > 1.1} == {"keys", "alone"}

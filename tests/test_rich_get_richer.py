@@ -413,3 +413,12 @@ def test_an_unsolved_exercise_says_so(check):
         raise NotImplementedError
 
     assert check(starter).startswith("not solved yet: ")
+
+
+def test_the_balance_loss_moves_the_router():
+    study = rich_get_richer.Study()
+    plain, balanced = (
+        rich_get_richer.follow(study.settings()[name], "eight jobs", 0, steps=3)
+        for name in ("top-1 raw", "raw + Switch")
+    )
+    assert (plain.params.router.w_CE != balanced.params.router.w_CE).any()

@@ -427,3 +427,11 @@ def test_the_assignment_is_exact_where_sums_differ_in_their_last_digits():
     score_NE = np.array([[1.0, 1.0 - e], [1.0, 1.0 - 2 * e]])
     assert assignment.balanced_assignment(score_NE).tolist() == [1, 0]
     assert assignment.balanced_assignment(score_NE[::-1]).tolist() == [0, 1]
+
+
+def test_of_many_experts_those_that_chose_a_token_come_first_in_their_order():
+    prob_NE = np.random.default_rng(0).random((12, 40))  # more than a short sort keeps in order
+    expert_NK, accepted_NK = selection.expert_choice(prob_NE, 5)
+    for experts, accepted in zip(expert_NK.tolist(), accepted_NK.tolist(), strict=True):
+        chose = [e for e, fine in zip(experts, accepted, strict=True) if fine]
+        assert chose == sorted(chose) == experts[: len(chose)]

@@ -408,3 +408,18 @@ def test_the_series_of_a_fresh_router_say_that_it_is_undecided():
 def test_the_hidden_width_of_experts_is_never_zero():
     narrow = settings.DEFAULTS | {"width": 1, "top_k": 8}
     assert settings._moe(narrow).hidden == 1
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_experts_of_a_token_are_four_widths_wide_together(k):
+    assert settings._moe(settings.DEFAULTS | {"top_k": k}).hidden == 4 * 64 // k
+
+
+def test_a_preset_can_be_recomputed():
+    assert settings.start({"preset": "switch", "recompute": True}).cfg.recompute
+    assert not settings.start({"preset": "switch"}).cfg.recompute
+
+
+def test_a_choice_among_no_experts_is_refused():
+    with pytest.raises(ValueError, match="--top-k must come with experts"):
+        settings.start({"experts": 0, "top_k": 2})

@@ -1001,3 +1001,19 @@ def test_generation_refuses_what_is_of_another_kind(prompt, tokens, knobs, words
     cfg = config()
     with pytest.raises(ValueError, match=words):
         generation.generate(np.array(prompt), draw(0, cfg), cfg, tokens, **knobs)
+
+
+class Draws:
+    """A generator that always draws the same number."""
+
+    def __init__(self, number):
+        self.random = lambda: number
+
+
+def test_the_ends_of_what_can_be_drawn_belong_to_tokens_that_are_likely():
+    draw = generation._draw
+    assert draw(np.array([-2000.0, 1.0, 0.0]), Draws(0.0), 1.0, None, 1.0) == 1
+    rng = np.random.default_rng(0)
+    for size in range(2, 400):
+        most = draw(rng.standard_normal(size), Draws(1.0 - 2.0**-53), 1.0, None, 1.0)
+        assert most < size

@@ -248,7 +248,7 @@ def _number(came: Any, where: str) -> tuple[float, str]:
     try:
         if np.ndim(came) != 0:
             return 0.0, f"{where} it must be one number, got an array of shape {np.shape(came)}."
-        if np.iscomplexobj(came):
+        if np.iscomplexobj(came) or isinstance(came, str | bytes):
             raise TypeError
         return float(came), ""
     except (TypeError, ValueError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,31 @@ def sources(folder: str | Path, names: list[str] | None = None) -> list[Path]:
     return [path for path in found if path.stem.startswith(tuple(names))]
 
 
+def require_untouched(source: Path) -> None:
+    """See that the notebook of a source can be written, and that nobody has worked in it.
+
+    The id of a cell tells what was in it when it was built; Jupyter keeps the id.
+
+    Raises     ValueError if there are cells of somebody's own, such as solutions
+    """
+    path = source.with_suffix(".ipynb")
+    files.require_place(path)
+    if not path.exists():
+        return
+    try:
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        found = [
+            _id(place, "".join(cell["source"])) == cell["id"] for place, cell in enumerate(cells)
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = [False]  # it is no notebook that was built here
+    if not all(found):
+        raise ValueError(
+            f"notebooks: {path} must be as it was built, got cell {1 + found.index(False)} changed "
+            f"by hand, which would be lost. Move it away, or what is to stay to {source.name}."
+        )
+
+
 def require_libraries() -> None:
     """See that what builds and runs notebooks is installed.
 
@@ -64,10 +90,14 @@ def build(source: str | Path) -> Any:
     import jupytext
     import nbformat
 
-    notebook = jupytext.read(source)
+    try:
+        notebook = jupytext.read(source)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"notebooks: {source} must be UTF-8, got another file ({error}). Save it as UTF-8."
+        ) from None
     for place, cell in enumerate(notebook.cells):
-        digest = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
-        cell["id"] = f"{place:03d}-{digest}"
+        cell["id"] = _id(place, cell.source)
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -78,6 +108,10 @@ def build(source: str | Path) -> Any:
     return notebook
 
 
+def _id(place: int, source: str) -> str:
+    return f"{place:03d}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+
+
 def execute(notebook: Any, folder: str | Path) -> Any:
     """Run every cell from top to bottom in a fresh kernel, in place; a warning is an error.
 
@@ -85,10 +119,11 @@ def execute(notebook: Any, folder: str | Path) -> Any:
 
     Raises
     ------
-    nbclient.exceptions.CellExecutionError
-        if a cell fails.
+    ValueError
+        if a cell fails, takes too long, or ends the kernel.
     """
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     client = NotebookClient(
         notebook,
@@ -103,7 +138,15 @@ def execute(notebook: Any, folder: str | Path) -> Any:
     with client.setup_kernel(env=one_thread):
         client.kc.execute(STRICT, silent=True, store_history=False)
         for place, cell in enumerate(notebook.cells):
-            client.execute_cell(cell, place)
+            try:
+                client.execute_cell(cell, place)
+            except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+                name, words = getattr(error, "ename", type(error).__name__), str(error)
+                reason = f"{name}: {getattr(error, 'evalue', words.splitlines()[0])}"
+                raise ValueError(
+                    f"notebooks: every cell must run, got in cell {place + 1}: {reason}. "
+                    f"It begins with {cell.source.splitlines()[0]!r}."
+                ) from None
     return notebook
 
 

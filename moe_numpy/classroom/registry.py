@@ -83,9 +83,11 @@ def swap(name: str, fn: Callable) -> Iterator[Callable]:
 
     `name` is the function's own, as in "softmax_backward" or "top_k". Swaps nest.
 
-    Raises     ValueError if no module, or more than one, defines that function, or processes are at
-               work, which would go on with what stood there
+    Raises     ValueError if no module, or more than one, defines that function, `fn` is none, or
+               processes are at work, which would go on with what stood there
     """
+    rule, came = f"what stands for {name!r} must be a function", type(fn).__name__
+    rules.require(callable(fn), "swap", rule, came, "Pass the function itself.")
     rule, advice = "no processes may be at work", "Swap before they start: around their block."
     rules.require(not processes.are_at_work(), "swap", rule, "some", advice)
     homes = _homes(PACKAGES)

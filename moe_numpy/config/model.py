@@ -163,4 +163,5 @@ class ModelConfig:
 
     def evaluation(self) -> ModelConfig:
         """Return the model as it is evaluated: no layer limits its experts."""
-        return self if self.moe is None else dataclasses.replace(self, moe=self.moe.evaluation())
+        moe = self.moe and self.moe.evaluation()
+        return self if moe is self.moe else dataclasses.replace(self, moe=moe)

@@ -268,4 +268,5 @@ class MoEConfig:
         turns_away = isinstance(self.selection, ExpertChoice | SecondExpert)
         if self.gate_weights == "renormalized_kept" and not turns_away:
             changes["gate_weights"] = "renormalized"
-        return dataclasses.replace(self, **changes)
+        same = all(getattr(self, name) == value for name, value in changes.items())
+        return self if same else dataclasses.replace(self, **changes)

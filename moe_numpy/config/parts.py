@@ -159,7 +159,7 @@ class ExpertChoice:
     all tokens, later ones too: not for predicting the next token. Best are those that give it the
     largest share of their scores: its probability, if the score is a softmax. Where shares are
     rounded to the same number, as to 1 in float32 by a lead of more than 17 nats, and to 0 by one
-    of more than 103, earlier tokens are taken first.
+    of more than 104, earlier tokens are taken first.
 
     Source: Zhou et al. 2022, Mixture-of-Experts with Expert Choice Routing, section 3.
     """

@@ -53,7 +53,8 @@ class SGD:
 class TrainingConfig:
     """One training run.
 
-    rate, final_rate  learning rate after `warmup` steps of linear rise, and at the cosine's end
+    rate, final_rate  learning rate after `warmup` steps of linear rise, and at the cosine's end,
+                      where it is `rate` if that is lower
     clip              largest norm of all gradients together; None for no clipping
     smoothing         label smoothing of the training loss
     shards            parts of equally many sequences that a batch is split into; each is routed by
@@ -93,4 +94,5 @@ class TrainingConfig:
             return self.rate * (step + 1) / (self.warmup + 1)
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-        return self.final_rate + cosine * (self.rate - self.final_rate)
+        final = min(self.final_rate, self.rate)
+        return final + cosine * (self.rate - final)

@@ -234,7 +234,7 @@ def draw(record: dict[str, Any], source: Path) -> Figure:
 def require_study(record: Any, source: Path) -> None:
     """Refuse what is not the record of a known study."""
     study = record.get("study") if isinstance(record, dict) else None
-    if study not in DRAWN_BY:
+    if not isinstance(study, str) or study not in DRAWN_BY:
         raise ValueError(
             f"figures: {source} must be the record of a study ({', '.join(DRAWN_BY)}), got "
             f"{study!r}. Move it away or make it anew."

@@ -22,7 +22,7 @@ from moe_numpy.ops import activation
 # first copy into an order of their own, which costs more than a product of few rows does. So where
 # an expert has few rows, its matrix is multiplied in parts, which are small again. With FEW = 0
 # there are no parts; what they gain is the step "few" of figures/speed_steps.json. (The kernels for
-# AVX2 copy all matrices: with them the parts gain nothing.)
+# AVX2 copy all matrices: what the parts cost there is in the record, too.)
 FEW = 32  # rows of an expert
 SMALL = 1_000_000  # multiplications of a small product,
 SMALL_RESULT = 1024  # or if its matrix is transposed: numbers of the result

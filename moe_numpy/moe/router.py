@@ -141,14 +141,15 @@ def router_backward(
     """
     params, jitter_NC, noise, logit_cache, noise_caches = cache
     dlogit_NE = plus(dclean_NE, dnoisy_NE)
-    dx_NC, dw_CE, doffset_E = linear.linear_backward(dlogit_NE, logit_cache)  # 2.
+    dx_noise_NC = None
     dnoise_CE = None if params.noise_CE is None else xp.zeros_like(params.noise_CE)
     if noise_caches is not None:  # 3.
         raw_cache, scale_cache = noise_caches
         dscale_NE = plus(dscale_NE, noise * dnoisy_NE)
         draw_NE = activation.softplus_backward(dscale_NE, scale_cache)
         dx_noise_NC, dnoise_CE, _ = linear.linear_backward(draw_NE, raw_cache)
-        dx_NC = dx_NC + dx_noise_NC
+    dx_NC, dw_CE, doffset_E = linear.linear_backward(dlogit_NE, logit_cache)  # 2.
+    dx_NC = plus(dx_noise_NC, dx_NC)
     if jitter_NC is not None:  # 1.
         dx_NC = dx_NC * jitter_NC
     dbias_E = None if params.bias_E is None else xp.zeros_like(params.bias_E)

@@ -72,7 +72,7 @@ def share_forward(score: Array) -> tuple[Array, Cache]:
 
     Where all scores are smaller than that, their shares sum to less than one and end at zero:
     where all logits are below -69 for the sigmoid, and below -138 for sqrt(softplus) (in float32
-    below -103, where the score itself is rounded to zero).
+    below -104, where the score itself is rounded to zero).
 
     Shapes     score (..., E), not negative -> share (..., E)
     Cache      (share, total)

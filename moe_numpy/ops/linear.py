@@ -30,9 +30,10 @@ def linear_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array | None
     """
     x, w, b = cache
     dy_rows = _rows(dy)
+    db = None if b is None else dy_rows.sum(0)  # 2.
     dx = (dy_rows @ w.T).reshape(x.shape)  # 1.
     dw = _rows(x).T @ dy_rows
-    return dx, dw, None if b is None else dy_rows.sum(0)  # 2.
+    return dx, dw, db
 
 
 def embedding_forward(token: Array, table_VC: Array) -> tuple[Array, Cache]:

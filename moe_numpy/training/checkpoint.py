@@ -50,10 +50,17 @@ def load_checkpoint(
         raise ValueError(
             f"load_checkpoint: {path} must be a checkpoint, got no such file. Check the path."
         ) from None
+    except PermissionError as error:
+        raise ValueError(
+            f"load_checkpoint: {path} must be a file that can be read, got: {error.strerror}. "
+            "See who may read it."
+        ) from None
     except Exception as error:  # zipfile, zlib and NumPy each have their own for damaged bytes
+        # NumPy's advice for what it does not know is to unpickle it.
+        reason = "no archive of arrays" if "allow_pickle" in str(error) else error
         raise ValueError(
             f"load_checkpoint: {path} must be a whole checkpoint of moe_numpy, got a truncated or "
-            f"foreign file ({error}). Use the file that `train` wrote."
+            f"foreign file ({reason}). Use the file that `train` wrote."
         ) from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError(
