@@ -350,6 +350,9 @@ for name, row in models.items():
 # quieter machine may decide; more rounds alone can only widen such a spread. Until then, do not
 # build on it.
 #
+# And not everything has a row: how attention avoids copies, that a backward frees what it has used,
+# and recomputation (`train --recompute`: less memory, more time) were not measured here.
+#
 # **Your predictions.** The first is answered in section 2. For the other two, once more the gains
 # of giving each core its own half, of float32, and of an optimizer in blocks:
 

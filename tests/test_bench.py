@@ -488,6 +488,10 @@ MEMORY = {
     "jitter": ("MoE", {"layers": 1}, {"hidden": 16, "noise": InputJitter(eps=0.1)}),
     "wide heads": ("dense", {"head_size": 256, "layers": 2}, {}),
     "exact gelu in experts": ("MoE", {"layers": 1}, {"activation": "gelu", "hidden": 512}),
+    "a gated shared expert": ("Mixtral", {}, {"shared": Shared(hidden=256, gated=True)}),
+    "scores of sigmoids": ("MoE", {}, {"score": "sigmoid", "num_experts": 64, "hidden": 16}),
+    "three branches": ("MoE", {"layers": 2}, {"activation": "swiglu3"}),
+    "a feed-forward beside": ("MoE", {"extra_ffn": True, "hidden": 256}, {}),
     "capped, long": ("dense", {"logit_cap": 5.0, "context": 512, "layers": 2}, {}),
 }
 
@@ -1160,3 +1164,17 @@ def test_the_seconds_of_a_turn_are_their_median(monkeypatch):
     clock = itertools.accumulate([0.0, 1.0, 0.0, 9.0, 0.0, 2.0])
     monkeypatch.setattr(bench_products, "time", SimpleNamespace(perf_counter=clock.__next__))
     assert bench_products._seconds(lambda: None, 3) == 2.0
+
+
+def test_an_update_skips_idle_experts_where_it_is_told_to(monkeypatch):
+    moved, moe = [], MoEConfig(num_experts=32, top_k=2, hidden=8)
+    monkeypatch.setattr(optimizer, "_adamw", lambda p, *_: moved.append(p.size))
+    spec = {"work": "update", "moe": config.to_dict(moe), "width": 16, "tokens": 2, "workers": 1}
+    found = {}
+    for skip in (False, True):
+        with no_settling():
+            work = bench_work.build(spec | {"skip_idle": skip})
+        work.once()
+        found[skip] = sum(moved)
+        moved.clear()
+    assert found[False] == 16 * 32 * (1 + 2 * 8) and found[True] < found[False] / 3
