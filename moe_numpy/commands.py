@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moe_numpy {options.command}: error: {error}. {advice}", file=sys.stderr)
         return 1
     except MemoryError as error:
-        advice = "Take smaller sizes."
-        print(f"moe_numpy {options.command}: out of memory: {error}. {advice}", file=sys.stderr)
+        words = ": ".join(filter(None, ["out of memory", str(error)]))
+        print(f"moe_numpy {options.command}: {words}. Take smaller sizes.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"moe_numpy {options.command}: stopped.", file=sys.stderr)

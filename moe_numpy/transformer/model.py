@@ -59,7 +59,7 @@ def draw_noise(
 ) -> tuple[Array | None, ...] | None:
     """Draw the routing noise of one training step, one entry per layer; None if there is none.
 
-    `rng` is anything that `numpy.random.default_rng` takes.
+    `rng` is anything that `numpy.random.default_rng` takes. A layer alone: `router.draw_noise`.
 
     Raises     ValueError if `dtype` is not "float32" or "float64", or `tokens` is negative
     """
