@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -350,6 +351,17 @@ def test_busy_turns_of_products_are_repeated_and_set_aside(monkeypatch):
         [3.0, 9.0, 15.0],
     ]
     assert "[2 busy rounds; 3 counted]" in bench_report._busy(found)
+
+
+def test_the_own_work_of_a_turn_is_not_that_of_others(monkeypatch):
+    told, worked = [], iter([100.0, 107.0])
+    monkeypatch.setattr(race, "cpu_seconds", worked.__next__)
+    monkeypatch.setattr(race, "machine_seconds", lambda: 40.0)
+    monkeypatch.setattr(race, "share_of_others", lambda *words: told.append(words) or 0.0)
+    before = time.perf_counter()
+    bench_products.measure(run_of("dense"), 1)
+    [(busy, started_at, own)] = told
+    assert (busy, own) == (40.0, 7.0) and before < started_at < time.perf_counter()
 
 
 def test_workers_are_of_the_package_that_started_them(tmp_path, monkeypatch):
