@@ -22,7 +22,7 @@ from moe_numpy import __version__, backend, files, settings
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status.
 
-    0 fine, 1 refused or failed, 2 misspelt or without the backend asked for, 130 stopped.
+    0 fine, 1 refused or failed, 2 misspelled or without the backend asked for, 130 stopped.
     """
     options = _parser().parse_args(arguments)
     if sys.stderr is None:  # closed, 2>&-: complaints must go neither to stdout nor into a file
@@ -216,7 +216,7 @@ def check(options: argparse.Namespace) -> int:
                 print(f"    {failure}")
         failed = sum(not result.passed for result in results)
         print(
-            f"{len(results)} pairs checked, {failed} failed "
+            f"{len(results)} pair{'s' * (len(results) != 1)} checked, {failed} failed "
             f"(limit {slopes.LIMIT:g} relative error)."
         )
     return 0 if all(result.passed for result in results) else 1
@@ -284,7 +284,7 @@ def figures(options: argparse.Namespace) -> int:
         record = files.read_json(path)
         plots.require_study(record, path)
         try:
-            figure = plots.draw(record, path)
+            figure = plots.draw(record)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"figures: {path} must be a whole record, got one that lacks something "
@@ -523,7 +523,7 @@ def _keep(record: dict[str, Any], path: Path) -> None:
     from moe_numpy.lab import plots
 
     files.write_json(path, record)
-    plots.save(plots.draw(record, path), path.with_suffix(".png"))
+    plots.save(plots.draw(record), path.with_suffix(".png"))
 
 
 def _say(options: argparse.Namespace, text: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_numpy.config import (
-    GATED,
     GaussianNoise,
     Hierarchy,
     InputJitter,
@@ -18,6 +17,7 @@ from moe_numpy.config import (
     MoEConfig,
     SoftSlots,
     ZLoss,
+    branches,
     rules,
 )
 
@@ -213,7 +213,7 @@ def step_memory(cfg: ModelConfig, batch: int, moments: int = 2) -> StepMemory:
 def _left(cfg: ModelConfig, layer: int, rows: float) -> float:
     """Count the numbers that a layer leaves for the backward of one token."""
     C, moe = cfg.width, cfg.moe
-    A, G = (heads * cfg.head_width for heads in (cfg.heads, cfg.kv_heads or cfg.heads))
+    A, G = (heads * cfg.head_width for heads in (cfg.heads, cfg.key_value_heads))
     found = 4 * C + 2 * A + 2 * G + cfg.heads * cfg.context * (1 + (cfg.logit_cap is not None))
     found += (A + G) * (cfg.qk_norm is not None) + 2 * C * cfg.sandwich
     dense = LEFT[cfg.dense_activation] * (cfg.hidden or 0)
@@ -294,7 +294,7 @@ def _tables(cfg: ModelConfig) -> list[Row]:
 
 def _attention(cfg: ModelConfig, length: int, latent: Latent | None) -> Row:
     """Count one attention: its projections, the scores and the weighted values."""
-    C, H, G, D = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads, cfg.head_width
+    C, H, G, D = cfg.width, cfg.heads, cfg.key_value_heads, cfg.head_width
     if latent is not None:
         channels = latent.plain + latent.rotary
         matrices = (
@@ -324,8 +324,7 @@ def _norms(cfg: ModelConfig, encoder: bool) -> Row:
 
 def _matrices(activation: str, width: int, hidden: int) -> int:
     """Count the numbers of one MLP: a way in, a way out, and those that gate."""
-    ways = 2 + (activation in GATED) + (activation == "swiglu3")
-    return ways * width * hidden
+    return (branches(activation) + 1) * width * hidden
 
 
 def _dense(cfg: ModelConfig) -> Row:

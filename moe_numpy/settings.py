@@ -113,13 +113,15 @@ ONE_OPTIMIZER = {"beta1": "adamw", "beta2": "adamw", "skip_idle": "adamw", "mome
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add every flag; one that is not given leaves no trace, so that `given` can tell."""
     shown = {"hidden": "4 widths in all", "gate-weights": "renormalized for top-k above 1"}
-    shown |= {"preset": "none", "steps": f"1000; {PRESET_STEPS} beside --preset"}
+    steps = OPTIONS["training"]["steps"].default
+    shown |= {"preset": "none", "steps": f"{steps}; {PRESET_STEPS} beside --preset"}
     shown |= {"kv-heads": "as heads", "text": "built-in corpus", "capacity": "no limit"}
+    knobs = (f"{getattr(NOISES[kind](), knob):g}" for kind, knob in NOISE_KNOB.items())
     shown |= {
         "balance": "switch=0.01; none with --bias-rate",
         "overflow": "drop",
         "priority": "token",
-        "noise-scale": "0.01, 1 or 0.01",
+        "noise-scale": ", ".join(knobs),
     }
     for title, group in OPTIONS.items():
         section = parser.add_argument_group(title)
@@ -188,7 +190,7 @@ def resume(path: Path, flags: dict[str, Any]) -> loop.Run:
 
 
 def describe(run: loop.Run) -> str:
-    """Say in two lines what is about to be trained."""
+    """Say what is about to be trained."""
     from moe_numpy import ledger
 
     cfg, corpus = run.cfg, run.corpus
@@ -310,14 +312,11 @@ def _training(chosen: dict[str, Any]) -> TrainingConfig:
         optimizer = AdamW(**knobs)
     else:
         optimizer = SGD(momentum=chosen["momentum"], weight_decay=chosen["weight_decay"])
+    names = ("steps", "batch", "shards", "rate", "final_rate", "warmup", "smoothing", "seed")
     return TrainingConfig(
         clip=chosen["clip"] or None,
         optimizer=optimizer,
-        **{
-            name: chosen[name]
-            for name in ("steps", "batch", "shards", "rate", "final_rate", "warmup")
-        },
-        **{name: chosen[name] for name in ("smoothing", "seed")},
+        **{name: chosen[name] for name in names},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from typing import Any
 
@@ -129,12 +130,7 @@ def _align(rows: list[dict[str, str]], names: list[str]) -> list[str]:
 
 def _rows(counted: ledger.Ledger) -> dict[str, dict[str, int]]:
     return {
-        row.part: {
-            "parameters": row.parameters,
-            "active": row.active,
-            "read": row.read,
-            "flops": row.flops,
-        }
+        row.part: {name: n for name, n in dataclasses.asdict(row).items() if name != "part"}
         for row in counted.rows
     }
 

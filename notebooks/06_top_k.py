@@ -279,7 +279,7 @@ for n in range(N):
 # dz_e  = 0                                              e was not chosen
 # ```
 #
-# The last line is not an approximation. `Z` has cancelled; the unchosen logits do not occur in
+# The last line is not an approximation. `Z` has canceled; the unchosen logits do not occur in
 # the formula at all.
 #
 # ### 4.5 One choice

@@ -857,7 +857,7 @@ def test_the_record_of_the_steps_has_each_for_the_models_that_it_concerns(steps)
 def test_the_steps_can_be_read_and_drawn(steps):
     lines = bench_report.steps_table(steps).splitlines()
     assert [line[:6] for line in lines[3:]] == [label[:6] for label in bench.STEPS.values()]
-    assert len(plots.draw(steps, "speed_steps.json").axes) == 1
+    assert len(plots.draw(steps).axes) == 1
 
 
 # ----------------------------------------------------------------------------------------- verdicts
@@ -1025,7 +1025,7 @@ def test_workers_see_no_orders_for_kernels_unless_their_times_do_not_count(monke
 
 
 def test_the_record_can_be_drawn_and_read(record):
-    assert len(plots.draw(record, "speed.json").axes) == 7
+    assert len(plots.draw(record).axes) == 7
     lines = bench_report.table(record)
     assert "tokens a second" in lines and "times its products" in lines
 
@@ -1048,7 +1048,7 @@ def test_rivals_are_drawn_beside_ours(record):
     ratio = {"median": 1.4, "low": 1.1, "high": 1.6}
     for row in found["rows"]:
         row["sides"].append(row["sides"][0] | {"name": "rival", "ratio": ratio})
-    left = plots.draw(found, "speed.json").axes[0]
+    left = plots.draw(found).axes[0]
     assert len(left.get_yticks()) == 5 and "rival" in left.get_yticklabels()[0].get_text()
     assert "1.40 (1.10 to 1.60)" in bench_report.table(found)
     lines = bench_report.summary(found).splitlines()
@@ -1071,7 +1071,7 @@ def test_a_record_without_peaks_can_be_drawn_read_and_judged(record):
         row["sides"] = [side | {"peak": None} for side in row["sides"] * 2]
         row["sides"][1]["ratio"] = {"median": 1.4, "low": 1.1, "high": 1.6}
     for one, told in ((record, True), (found, False)):
-        titles = [ax.get_title() for ax in plots.draw(one, "speed.json").axes]
+        titles = [ax.get_title() for ax in plots.draw(one).axes]
         assert ("Memory of training" in titles) == told
         assert ("MiB at most" in bench_report.table(one)) == told
     assert [v.met for v in bench_report.verdicts(found) if v.line == 8] == [None] * 3

@@ -15,12 +15,22 @@ import tiny
 
 from moe_numpy import commands, files, ledger, settings
 from moe_numpy.classroom import lessons, registry
-from moe_numpy.lab import collapse
+from moe_numpy.lab import bench, collapse
 from moe_numpy.ops import softmax
 from moe_numpy.training import checkpoint, loop
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("collapse", "train", "generate", "check", "systems", "figures")
+COMMANDS = (
+    "collapse",
+    "train",
+    "generate",
+    "check",
+    "systems",
+    "figures",
+    "notebooks",
+    "bench",
+    "parity",
+)
 GREEK = "\u03b1\u03b2\u03b3 \u03b4\u03b5\U0001f600\u4e2d\u6587 "
 
 
@@ -89,6 +99,27 @@ def test_the_help_of_a_command_says_what_it_does_and_what_is_the_default(command
     words = " ".join(capsys.readouterr().out.split())
     assert f"usage: python -m moe_numpy {command}" in words
     assert getattr(commands, command).__doc__.split(".")[0] in words
+
+
+def test_the_help_tells_the_defaults_that_the_code_has(capsys):
+    study, noises = collapse.Study(), (kind() for kind in settings.NOISES.values())
+    knobs = zip(noises, settings.NOISE_KNOB.values(), strict=True)
+    scales = [f"{getattr(noise, knob):g}" for noise, knob in knobs]
+    told = {
+        "collapse": (
+            f"training steps of a run ({study.steps})",
+            f"number of seeds ({len(study.seeds)})",
+            f"experts in a layer ({study.num_experts})",
+            f"experts per token ({study.top_k})",
+        ),
+        "bench": (f"--only ROW [ROW ...] {', '.join(bench.MEASURES)}", "of each race (7)"),
+        "train": (f"of the noise ({', '.join(scales)})", f"({settings.DEFAULTS['steps']}; "),
+    }
+    for command, texts in told.items():
+        with pytest.raises(SystemExit):
+            commands.main([command, "--help"])
+        words = " ".join(capsys.readouterr().out.split())
+        assert [text for text in texts if text not in words] == []
 
 
 def test_train_leaves_a_checkpoint_a_record_and_a_picture(elsewhere):
@@ -242,7 +273,7 @@ def test_check_prints_the_errors_of_the_pairs_that_were_asked_for(capsys):
     for pair in record["pairs"]:
         assert pair["errors"] and all(0 <= error < 1e-7 for error in pair["errors"].values())
     out = main(capsys, "check", "relu").out
-    assert "relu" in out and "1 pairs checked, 0 failed" in out
+    assert "relu" in out and "1 pair checked, 0 failed" in out
 
 
 def test_check_draws_its_points_from_the_seed(capsys):

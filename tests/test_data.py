@@ -267,7 +267,7 @@ def test_count_models_refuse_what_they_cannot_count():
         ngram.reference_losses(ids[:0], ids, 3)
     with pytest.raises(ValueError, match=r"validation .*vocab_size \(2\), got ids from 0 to 2"):
         ngram.reference_losses(ids[:2], ids, 2)
-    with pytest.raises(ValueError, match="max_order must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_order must be a whole number of at least 1, got 0"):
         ngram.reference_losses(ids, ids, 3, 0)
 
 
@@ -310,12 +310,14 @@ def test_each_cluster_has_a_standardized_nonlinear_function_of_its_own(task):
 
 def test_impossible_tasks_and_samples_are_refused(task):
     for name in ("clusters", "width_in", "width_out"):
-        with pytest.raises(ValueError, match=rf"cluster_task: {name} must be at least 1, got 0\."):
+        with pytest.raises(
+            ValueError, match=rf"cluster_task: {name} must be a whole number of at least 1, got 0\."
+        ):
             clusters.cluster_task(0, **{name: 0})
     for spread in (0, -1, math.inf, math.nan):
         with pytest.raises(ValueError, match="spread must be positive and finite"):
             clusters.cluster_task(0, spread=spread)
-    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n must be a whole number of at least 1, got 0"):
         clusters.sample_clusters(0, task, 0)
     for dtype in (np.int64, "float16", "zz"):
         with pytest.raises(ValueError, match="sample_clusters: dtype must be one of 'float32', "):

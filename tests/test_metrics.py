@@ -243,17 +243,17 @@ def training_record(**changes):
 @pytest.mark.parametrize("changes", [{}, {"moe": None}, {"steps": 1}, {"steps": 2}], ids=str)
 def test_the_figure_of_a_training_can_be_read(changes, tmp_path):
     record = training_record(**changes)
-    figure = plots.draw(json.loads(json.dumps(record)), tmp_path)
+    figure = plots.draw(json.loads(json.dumps(record)))
     assert len(figure.axes) == (1 if "moe" in changes else 3)
     plots.save(figure, tmp_path / "a.png")
-    plots.save(plots.draw(record, tmp_path), tmp_path / "b.png")
+    plots.save(plots.draw(record), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert readable(figure)
     assert "nats" in figure.axes[0].get_ylabel()
 
 
 def test_the_figure_of_the_collapse_study_can_be_read(record, tmp_path):
-    figure = plots.draw(json.loads(json.dumps(record)), tmp_path)
+    figure = plots.draw(json.loads(json.dumps(record)))
     assert len(figure.axes) == 4 and readable(figure)
     assert SMALL.definition in figure.get_supxlabel() and "0, 7" in figure.get_supxlabel()
     assert "2-gram 1.20" in [text.get_text() for text in figure.axes[3].texts]
@@ -262,7 +262,7 @@ def test_the_figure_of_the_collapse_study_can_be_read(record, tmp_path):
 
 
 def test_every_seed_and_layer_has_a_dot_in_the_right_place(record, tmp_path):
-    ax = plots.draw(record, tmp_path).axes[2]
+    ax = plots.draw(record).axes[2]
     dots = np.concatenate([c.get_offsets() for c in ax.collections if len(c.get_offsets())])
     drawn = sorted(np.round(np.asarray(dots)[:, 1], 9).tolist())
     keys = ("effective_experts", "effective_experts_clean")
@@ -288,7 +288,7 @@ def test_reference_lines_outside_of_the_axes_are_left_out():
 def test_a_record_of_no_known_study_is_refused_by_name(tmp_path):
     for record in ({"study": "mine"}, {}, [], None):
         with pytest.raises(ValueError, match=r"mine\.json must be the record of a study \(coll"):
-            plots.draw(record, tmp_path / "mine.json")
+            plots.require_study(record, tmp_path / "mine.json")
 
 
 def test_the_figures_leave_no_trace_in_pyplot():

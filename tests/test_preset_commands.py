@@ -124,7 +124,7 @@ def test_the_table_of_the_systems_is_ordered_by_loss(record):
 
 
 def test_the_figure_of_the_systems_has_a_row_for_each(record):
-    left, middle, right = plots.draw(record, "systems.json").axes
+    left, middle, right = plots.draw(record).axes
     labels = [label.get_text() for label in left.get_yticklabels()]
     assert sorted(labels) == ["mixtral_8x7b (2024)", "switch (2021)"]
     assert all(ax.get_xlabel() for ax in (left, middle, right))

@@ -137,7 +137,7 @@ def test_the_shakespeare_runs_were_trained_as_the_text_says():
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "figures").glob("*.png")])
 def test_every_figure_has_its_record(name):
     path = ROOT / "figures" / f"{name}.json"
-    assert plots.draw(files.read_json(path), path).axes
+    assert plots.draw(files.read_json(path)).axes
 
 
 def test_quick_start_is_two_commands_of_one_line():

@@ -198,7 +198,7 @@ def test_every_picture_labels_its_axes(record):
 
 
 def test_the_figure_of_the_record_is_drawn_by_name(record):
-    figure = plots.draw(record, FIGURES)
+    figure = plots.draw(record)
     assert len(axes_of(figure)) == 6
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in axes_of(figure))
 

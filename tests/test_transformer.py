@@ -591,6 +591,7 @@ def test_what_is_no_configuration_or_no_parameters_is_told():
         (lambda: model.model_forward(token_BT, cfg, params), "a ModelConfig, got ModelParams"),
         (lambda: model.model_forward(token_BT, [1], cfg), "be ModelParams, got list"),
         (lambda: generation.generate([1], None, cfg, 1), "generate: .* ModelParams, got NoneType"),
+        (lambda: generation.generate([1], cfg, params, 1), "generate: .* got ModelParams"),
     ):
         with pytest.raises(ValueError, match=words):
             do()

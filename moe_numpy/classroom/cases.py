@@ -19,10 +19,10 @@ from moe_numpy.classroom.contract import Case
 from moe_numpy.classroom.sizes import B, C, E, F, K, N, V, chosen, generic
 from moe_numpy.config import (
     ACTIVATIONS,
-    GATED,
     GaussianNoise,
     InputJitter,
     LearnedNoise,
+    branches,
 )
 from moe_numpy.moe import experts, mlp, router
 
@@ -49,8 +49,7 @@ def _branches(count: int, spread: float = 1.0) -> Callable[[Generator], list[Cas
 
 def _activate(rng: Generator) -> list[Case]:
     def case(kind: str) -> Case:
-        count = {"swiglu3": 3}.get(kind, 2 if kind in GATED else 1)
-        return Case(kind, (kind, *rng.normal(size=(count, N, F))))
+        return Case(kind, (kind, *rng.normal(size=(branches(kind), N, F))))
 
     return [case(kind) for kind in ACTIVATIONS]
 

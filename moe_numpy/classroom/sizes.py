@@ -16,6 +16,6 @@ def generic(rng: Generator, params: tree.Tree, spread: float = 0.6) -> tree.Tree
     return tree.map(lambda leaf: rng.normal(0.2, spread, leaf.shape), params)
 
 
-def chosen(rng: Generator, tokens: int = N) -> np.ndarray:
+def chosen(rng: Generator) -> np.ndarray:
     """Draw K different experts for every token."""
-    return np.stack([rng.permutation(E)[:K] for _ in range(tokens)])
+    return np.stack([rng.permutation(E)[:K] for _ in range(N)])

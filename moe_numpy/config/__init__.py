@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 from moe_numpy.config.model import ModelConfig
-from moe_numpy.config.moe import ACTIVATIONS, GATED, SCORES, WEIGHTS, MoEConfig
+from moe_numpy.config.moe import ACTIVATIONS, GATED, SCORES, WEIGHTS, MoEConfig, branches
 from moe_numpy.config.parts import (
     PRIORITIES,
     SELECTIONS,
@@ -62,6 +62,7 @@ __all__ = [
     "SwitchLoss",
     "TrainingConfig",
     "ZLoss",
+    "branches",
     "from_dict",
     "to_dict",
 ]

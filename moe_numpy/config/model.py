@@ -146,6 +146,11 @@ class ModelConfig:
         return self.activation or "gelu_tanh"
 
     @property
+    def key_value_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.kv_heads or self.heads
+
+    @property
     def head_width(self) -> int:
         """Width of one attention head."""
         return self.head_size or self.width // self.heads

@@ -34,6 +34,11 @@ WEIGHTS = ("raw", "renormalized", "renormalized_kept")
 WHO = "MoEConfig"
 
 
+def branches(activation: str) -> int:
+    """Count the projections of x that an activation combines."""
+    return 3 if activation == "swiglu3" else 2 if activation in GATED else 1
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
     """One Mixture-of-Experts layer.

@@ -205,8 +205,8 @@ class Capacity:
                No limit at all is ``capacity=None``.
     priority   "token": tokens are served one by one, each with all its choices (causal);
                "choice": all first choices before any second choice (GShard);
-               "bpr": the same, and of the tokens that with the largest probability first (V-MoE's
-               batch prioritized routing);
+               "bpr": the same, but among first (second, ...) choices the token with the largest
+               probability goes first (V-MoE's batch prioritized routing);
                "score": the choice with the largest probability first (Megatron's "probs").
                Rounded probabilities may be equal, and then earlier tokens come first: in float32
                every lead of more than 17 nats makes a 1.

@@ -70,7 +70,7 @@ def instance(who: str, name: str, came: Any, kinds: tuple[type, ...]) -> None:
 def not_negative(who: str, name: str, came: Any) -> None:
     """Refuse what is negative or not finite."""
     fine = _is_number(came) and 0 <= plain(came) <= LARGEST
-    rule = f"{name} must not be negative, and finite"
+    rule = f"{name} must not be negative, infinite or NaN"
     require(fine, who, rule, repr(came), "Use 0 for none.")
 
 
@@ -90,7 +90,7 @@ def normal(who: str, name: str, came: Any, advice: str) -> None:
 
 
 def share(who: str, name: str, came: Any, advice: str = "") -> None:
-    """Refuse what is not from 0 to 1, or is 1."""
+    """Refuse what is not in [0, 1)."""
     fine = _is_number(came) and 0 <= came < 1
     require(fine, who, f"{name} must satisfy 0 <= {name} < 1", repr(came), advice)
 

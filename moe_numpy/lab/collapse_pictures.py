@@ -14,6 +14,7 @@ from moe_numpy.lab import plots, rich_get_richer
 
 MARKERS = "osD^vPX*h"
 FAINT = "#BBBBBB"
+STRETCH = 4  # steps that one point of a line averages; a rest at the end is left out
 
 
 def plot_push(ax: Axes) -> Axes:
@@ -50,21 +51,20 @@ def plot_effective_of_shares(ax: Axes, groups: int) -> Axes:
     return ax
 
 
-def plot_experts(ax: Axes, values: np.ndarray, winner: int, ylabel: str, stretch: int = 4) -> Axes:
+def plot_experts(ax: Axes, values: np.ndarray, winner: int, ylabel: str) -> Axes:
     """Draw one line for each expert over the steps, the winner thick and black.
 
     Parameters
     ----------
     values : array (steps, E)
         NaN where an expert has no value; its line has a gap where a whole stretch has none.
-    stretch : steps that one point of a line averages; a rest at the end is left out.
     """
     values = np.asarray(values, float)
-    S, E = values.shape[0] // stretch, values.shape[1]
-    parts_SPE = values[: S * stretch].reshape(S, stretch, E)
+    S, E = values.shape[0] // STRETCH, values.shape[1]
+    parts_SPE = values[: S * STRETCH].reshape(S, STRETCH, E)
     there_SE = (~np.isnan(parts_SPE)).sum(1)
     mean_SE = np.nansum(parts_SPE, 1) / np.where(there_SE > 0, there_SE, np.nan)
-    middle_S = np.arange(S) * stretch + (stretch - 1) / 2
+    middle_S = np.arange(S) * STRETCH + (STRETCH - 1) / 2
     marker = "." if np.isnan(mean_SE).any() else None
     for e in range(E):
         if e != winner:
@@ -162,12 +162,14 @@ def plot_plane(ax: Axes, record: dict[str, Any], title: str, legend: bool = True
     return ax
 
 
-def plot_load_beside_choice(ax: Axes, run: dict[str, Any], title: str, layer: int = 0) -> Axes:
+def plot_load_beside_choice(ax: Axes, run: dict[str, Any], title: str) -> Axes:
     """Set each expert's share of the load in training beside its share of the clean choice.
+
+    Shown is the first layer.
 
     Experts are sorted by the clean choice, the most wanted first.
     """
-    load_E, clean_E = (np.array(run[key][layer]) for key in ("share", "share_clean"))
+    load_E, clean_E = (np.array(run[key][0]) for key in ("share", "share_clean"))
     order_E = np.argsort(-clean_E, kind="stable")
     place_E = np.arange(load_E.size)
     ax.bar(place_E - 0.2, load_E[order_E], 0.4, color=plots.GOOD, label="load in training")
@@ -187,9 +189,7 @@ def plot_load_beside_choice(ax: Axes, run: dict[str, Any], title: str, layer: in
     return ax
 
 
-def animate_shares(
-    share: np.ndarray, steps: list[int], title: str, width: float = 5.0, milliseconds: int = 300
-) -> bytes:
+def animate_shares(share: np.ndarray, steps: list[int], title: str) -> bytes:
     """Show the shares of the experts as bars, one picture for each of the steps.
 
     The pictures make one animated PNG: it needs no network and no script, and plays wherever a PNG
@@ -209,7 +209,7 @@ def animate_shares(
 
     frames = []
     for step in [steps[-1], *steps]:
-        figure = Figure(figsize=(width, 2.3), layout="constrained", dpi=72)
+        figure = Figure(figsize=(5, 2.3), layout="constrained", dpi=72)
         _draw_bars(figure.subplots(), share[step], f"{title}: step {step}")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -221,7 +221,7 @@ def animate_shares(
         save_all=True,
         default_image=True,
         append_images=frames[1:],
-        duration=[milliseconds] * (len(steps) - 1) + [8 * milliseconds],
+        duration=[300] * (len(steps) - 1) + [2400],  # milliseconds
         loop=0,
     )
     return out.getvalue()

@@ -201,14 +201,14 @@ def use_small_png() -> None:
     get_ipython().display_formatter.formatters["image/png"].for_type(Figure, small_png)
 
 
-def small_png(figure: Figure, colors: int = 256) -> bytes:
-    """Draw a figure as PNG with a palette, the same bytes each time."""
+def small_png(figure: Figure) -> bytes:
+    """Draw a figure as PNG with a palette of 256 colors, the same bytes each time."""
     from PIL import Image
 
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", bbox_inches="tight")
     image = Image.open(drawn).convert("RGB")
-    image = image.quantize(colors, method=Image.Quantize.MAXCOVERAGE, kmeans=2)
+    image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=2)
     image.save(small, "PNG", optimize=True)
     return small.getvalue()
 

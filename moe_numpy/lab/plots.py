@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,7 @@ BAD, GOOD, NEUTRAL = "#D55E00", "#0072B2", "#555555"
 NGRAMS = ("unigram", "2-gram", "3-gram", "4-gram", "5-gram")
 
 
-def plot_river(
-    ax: Axes, step: list[int], share: np.ndarray, title: str, colors: tuple = COLORS
-) -> Axes:
+def plot_river(ax: Axes, step: list[int], share: np.ndarray, title: str) -> Axes:
     """Stack each expert's share of the load over the steps of training.
 
     Parameters
@@ -33,7 +32,7 @@ def plot_river(
     share = np.asarray(share)
     E = share.shape[1]
     tint = (1.0, 0.55, 0.8, 0.35)  # each round through the palette is lighter or darker
-    shades = [to_rgba(colors[e % len(colors)], tint[e // len(colors) % 4]) for e in range(E)]
+    shades = [to_rgba(COLORS[e % len(COLORS)], tint[e // len(COLORS) % 4]) for e in range(E)]
     ax.stackplot(step, share.T, colors=shades, edgecolor="white", linewidth=0.4)
     ax.set(ylim=(0, 1), xlabel="training step", title=title)
     if len(step) > 1:
@@ -187,48 +186,22 @@ def parity_figure(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def _settings_figure(record: dict[str, Any]) -> Figure:
-    from moe_numpy.lab import collapse_pictures  # here, since its pictures are made of these
-
-    return collapse_pictures.settings_figure(record)
-
-
-def _systems_figure(record: dict[str, Any]) -> Figure:
-    from moe_numpy.lab import systems_pictures
-
-    return systems_pictures.systems_figure(record)
-
-
-def _speed_figure(record: dict[str, Any]) -> Figure:
-    from moe_numpy.lab import bench_pictures  # here, since its pictures are made of these
-
-    return bench_pictures.speed_figure(record)
-
-
-def _steps_figure(record: dict[str, Any]) -> Figure:
-    from moe_numpy.lab import bench_pictures
-
-    return bench_pictures.steps_figure(record)
-
-
+# By their names: some of the modules draw with the functions of this one.
 DRAWN_BY = {
-    "collapse": collapse_figure,
-    "collapse_settings": _settings_figure,
-    "systems": _systems_figure,
-    "training": training_figure,
-    "parity": parity_figure,
-    "speed": _speed_figure,
-    "speed_steps": _steps_figure,
+    "collapse": "plots.collapse_figure",
+    "collapse_settings": "collapse_pictures.settings_figure",
+    "systems": "systems_pictures.systems_figure",
+    "training": "plots.training_figure",
+    "parity": "plots.parity_figure",
+    "speed": "bench_pictures.speed_figure",
+    "speed_steps": "bench_pictures.steps_figure",
 }
 
 
-def draw(record: dict[str, Any], source: Path) -> Figure:
-    """Draw the figure of a record by the study that it names.
-
-    Raises     ValueError if `source`, where the record came from, is of no known study
-    """
-    require_study(record, source)
-    return DRAWN_BY[record["study"]](record)
+def draw(record: dict[str, Any]) -> Figure:
+    """Draw the figure of a record by the study that it names."""
+    module, function = DRAWN_BY[record["study"]].split(".")
+    return getattr(importlib.import_module(f"moe_numpy.lab.{module}"), function)(record)
 
 
 def require_study(record: Any, source: Path) -> None:

@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moe_numpy.lab import plots
+from moe_numpy.lab import plots, records
 
 
 def systems_figure(record: dict[str, Any]) -> Figure:
     """Show each system's loss beside the count models, and how evenly it loads its experts."""
-    systems = sorted(record["systems"], key=lambda s: -_mean(s, "validation_loss"))
+    systems = sorted(record["systems"], key=lambda s: -records.mean(s["runs"], "validation_loss"))
     height = 2.2 + 0.32 * len(systems)
     figure = Figure(figsize=(12, height), layout="constrained", dpi=110)
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(1.5, 1, 0.8))
@@ -76,7 +76,3 @@ def _dots(
         ax.scatter(values, y + np.linspace(-0.15, 0.15, len(values)), s=18, color=plots.GOOD)
     ax.grid(axis="y", linewidth=0.3)
     ax.set_axisbelow(True)
-
-
-def _mean(system: dict[str, Any], key: str) -> float:
-    return float(np.mean([run[key] for run in system["runs"]]))

@@ -13,6 +13,8 @@ from moe_numpy.config import ImportanceLoss, LoadLoss, MoEConfig, SwitchLoss, ZL
 from moe_numpy.moe import router
 from moe_numpy.ops import normal, softmax
 
+EPS = 1e-10  # keeps CV^2 finite without any load
+
 
 def switch_loss_forward(
     prob_NE: Array, expert_NK: Array, divide: bool = True, group: int | None = None
@@ -125,19 +127,19 @@ def load_backward(dload_E: Array, cache: Cache) -> tuple[Array, Array, Array]:
     return dclean_NE, dnoisy_NE, dscale_NE
 
 
-def cv_squared_forward(amount_E: Array, eps: float = 1e-10) -> tuple[Array, Cache]:
+def cv_squared_forward(amount_E: Array) -> tuple[Array, Cache]:
     """Measure inequality: the squared coefficient of variation.
 
         cv2 = var / (mean^2 + eps),    var = mean((amount - mean)^2)
 
     Shapes     amount_E (E,) -> cv2 (): 0 if all are equal, E - 1 if one has everything
-    Cache      (amount_E, eps)
+    Cache      (amount_E,)
     Source     Shazeer et al. 2017, eq. 7 and 11; the variance is the population's, as in
                tensor2tensor, whose eps keeps an empty batch finite
     """
     mean = amount_E.mean()
     var = ((amount_E - mean) ** 2).mean()
-    return var / (mean * mean + eps), (amount_E, eps)
+    return var / (mean * mean + EPS), (amount_E,)
 
 
 def cv_squared_backward(dcv2: Array, cache: Cache) -> Array:
@@ -148,11 +150,11 @@ def cv_squared_backward(dcv2: Array, cache: Cache) -> Array:
 
     Shapes     dcv2 () -> damount_E (E,)
     """
-    amount_E, eps = cache
+    (amount_E,) = cache
     E = amount_E.size
     mean = amount_E.mean()
     var = ((amount_E - mean) ** 2).mean()
-    q = mean * mean + eps
+    q = mean * mean + EPS
     return dcv2 * (2.0 / E) * ((amount_E - mean) / q - mean * var / (q * q))
 
 

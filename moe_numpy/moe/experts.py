@@ -15,7 +15,7 @@ from numpy.random import Generator
 
 from moe_numpy import machine, processes
 from moe_numpy.backend import Array, Cache, few_launches, to_device, xp
-from moe_numpy.config import MoEConfig
+from moe_numpy.config import MoEConfig, branches
 from moe_numpy.ops import activation
 
 # The kernels that OpenBLAS has for AVX-512 multiply small matrices as they lie. Larger ones they
@@ -75,7 +75,7 @@ def init_experts(
         in_ECF=draw(1.0 / math.sqrt(C), C, F),
         up_ECF=draw(1.0 / math.sqrt(C), C, F) if cfg.gated else None,
         out_EFC=draw(0.02 / math.sqrt(depth), F, C),
-        third_ECF=draw(1.0 / math.sqrt(C), C, F) if cfg.activation == "swiglu3" else None,
+        third_ECF=draw(1.0 / math.sqrt(C), C, F) if branches(cfg.activation) == 3 else None,
         in_EF=zeros(F),
         up_EF=zeros(F) if cfg.gated else None,
         out_EC=zeros(C),
@@ -330,7 +330,7 @@ def experts_backward(
     Shapes     dy_RC (R, C) -> dx_RC (R, C), grads: those of matrices in new arrays, or in `room`
                (that of `expert_parallel`, whose processes share it)
     """
-    if not isinstance(cache, tuple):  # a ticket of `expert_parallel`
+    if not isinstance(cache, tuple):  # 0. a ticket of `expert_parallel`
         return cache.backward(dy_RC)
     in_cache, up_cache, third_cache, act_cache, out_cache = cache
     room = room or ExpertParams(None, None, None)

@@ -6,7 +6,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from moe_numpy.backend import Array, xp
-from moe_numpy.config import Hierarchy, LearnedNoise, MoEConfig, SoftSlots, rules
+from moe_numpy.config import Hierarchy, LearnedNoise, MoEConfig, SoftSlots, branches, rules
 from moe_numpy.moe import hierarchy, router, soft
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _expected(
     found = [
         ("experts.up_ECF", own.up_ECF, cfg.gated, (E, C, F)),
         ("experts.out_EFC", own.out_EFC, True, (E, F, C)),
-        ("experts.third_ECF", own.third_ECF, cfg.activation == "swiglu3", (E, C, F)),
+        ("experts.third_ECF", own.third_ECF, branches(cfg.activation) == 3, (E, C, F)),
         ("experts.in_EF", own.in_EF, cfg.expert_bias, (E, F)),
         ("experts.up_EF", own.up_EF, cfg.expert_bias and cfg.gated, (E, F)),
         ("experts.out_EC", own.out_EC, cfg.expert_bias, (E, C)),
@@ -135,7 +135,7 @@ def _expected(
             ("shared.mlp.in_CF", mlp.in_CF, True, (C, hidden)),
             ("shared.mlp.up_CF", mlp.up_CF, cfg.gated, (C, hidden)),
             ("shared.mlp.out_FC", mlp.out_FC, True, (hidden, C)),
-            ("shared.mlp.third_CF", mlp.third_CF, cfg.activation == "swiglu3", (C, hidden)),
+            ("shared.mlp.third_CF", mlp.third_CF, branches(cfg.activation) == 3, (C, hidden)),
             ("shared.gate_C1", params.shared.gate_C1, cfg.shared.gated, (C, 1)),
         ]
     if isinstance(cfg.selection, SoftSlots):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from numpy.random import Generator
 
 from moe_numpy.backend import Array, Cache, to_device
-from moe_numpy.config import GATED
+from moe_numpy.config import branches
 from moe_numpy.ops import activation, linear
 
 
@@ -37,9 +37,9 @@ def init_mlp(
 
     return MLPParams(
         in_CF=draw(in_std, C, F),
-        up_CF=draw(in_std, C, F) if activation in GATED else None,
+        up_CF=draw(in_std, C, F) if branches(activation) > 1 else None,
         out_FC=draw(out_std, F, C),
-        third_CF=draw(in_std, C, F) if activation == "swiglu3" else None,
+        third_CF=draw(in_std, C, F) if branches(activation) == 3 else None,
     )
 
 

@@ -17,6 +17,8 @@ from moe_numpy.config import MoEConfig
 from moe_numpy.moe.report import MoEReport
 from moe_numpy.ops import norm, softmax
 
+EPS = 1e-6  # keeps a row of zeros finite
+
 
 class SoftParams(NamedTuple):
     """One vector for each of the R slots, sorted by expert, and the common scale of the logits."""
@@ -37,7 +39,7 @@ def init_soft(rng: Generator, cfg: MoEConfig, width: int, dtype: str) -> SoftPar
     )
 
 
-def l2_normalize_forward(x: Array, eps: float = 1e-6) -> tuple[Array, Cache]:
+def l2_normalize_forward(x: Array) -> tuple[Array, Cache]:
     """Divide each row by its length.
 
         y = x / sqrt(sum(x^2) + eps)
@@ -46,7 +48,7 @@ def l2_normalize_forward(x: Array, eps: float = 1e-6) -> tuple[Array, Cache]:
     Cache      (y, r): r = 1 / sqrt(sum(x^2) + eps), shape (..., 1)
     Source     Puigcerver et al. 2024, From Sparse to Soft Mixtures of Experts, section 2.3
     """
-    r = norm.inverse_root((x * x).sum(-1, keepdims=True) + eps)
+    r = norm.inverse_root((x * x).sum(-1, keepdims=True) + EPS)
     y = x * r
     return y, (y, r)
 

@@ -39,7 +39,7 @@ def cross_entropy_backward(dloss: Array, cache: Cache) -> Array:
     """
     y_NV, target_N, smoothing = cache
     N, V = y_NV.shape
-    dlogits_NV = xp.exp(y_NV)  # p
+    dlogits_NV = xp.exp(y_NV)  # 3. to 1. in one: p
     if smoothing:
         dlogits_NV -= smoothing / V
     dlogits_NV[xp.arange(N), target_N] -= 1.0 - smoothing  # - t

@@ -64,7 +64,7 @@ def log_softmax_backward(dy: Array, cache: Cache) -> Array:
     Shapes     dy (..., V) -> dz (..., V)
     """
     (y,) = cache
-    return dy - xp.exp(y) * rows.sums(dy)
+    return dy - xp.exp(y) * rows.sums(dy)  # 2. and 1.
 
 
 def sink_softmax_forward(z_BHTS: Array, sink_H: Array) -> tuple[Array, Cache]:

@@ -82,17 +82,10 @@ def cluster_task(
         negative or not finite.
     """
     for name, count in {"clusters": clusters, "width_in": width_in, "width_out": width_out}.items():
-        if count < 1:
-            raise ValueError(f"cluster_task: {name} must be at least 1, got {count}. Raise {name}.")
-    if not 0 < spread < np.inf:
-        raise ValueError(
-            f"cluster_task: spread must be positive and finite, got {spread}. Try 0.5."
-        )
+        rules.whole_number("cluster_task", name, count, 1)
+    rules.positive("cluster_task", "spread", spread, "Try 0.5.")
     for name, size in {"center_scale": center_scale, "shift": shift}.items():
-        if not 0 <= size < np.inf:
-            raise ValueError(
-                f"cluster_task: {name} must not be negative, and finite, got {size}. Leave it out."
-            )
+        rules.not_negative("cluster_task", name, size)
     rng = np.random.default_rng(rng)
     center_EC = center_scale * rng.normal(size=(clusters, width_in))
     w_in_ECF = rng.normal(0, GAIN / np.sqrt(width_in), (clusters, width_in, HIDDEN))
@@ -147,8 +140,7 @@ def sample_clusters(
     ValueError
         If `n` is not positive or `dtype` is neither float32 nor float64.
     """
-    if n < 1:
-        raise ValueError(f"sample_clusters: n must be at least 1, got {n}. Raise n.")
+    rules.whole_number("sample_clusters", "n", n, 1)
     rules.float_type("sample_clusters", dtype)
     rng = np.random.default_rng(rng)
     clusters, width_in = task.center_EC.shape

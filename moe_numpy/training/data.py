@@ -198,7 +198,7 @@ def sample_batch(
     Raises
     ------
     ValueError
-        If `batch` or `context` is not positive, or `ids` is no row of integers, or shorter than
+        If `batch` or `context` is not positive, or `ids` is not a row of integers, or shorter than
         `context + 1`.
     """
     _require_window("sample_batch", "ids", ids, context)
@@ -222,7 +222,8 @@ def windows(ids: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
     Raises
     ------
     ValueError
-        If `context` is not positive, or `ids` is no row of integers, or shorter than `context + 1`.
+        If `context` is not positive, or `ids` is not a row of integers, or shorter than
+        `context + 1`.
     """
     _require_window("windows", "ids", ids, context)
     end = (len(ids) - 1) // context * context

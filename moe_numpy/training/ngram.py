@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from moe_numpy.config import rules
+
 
 def reference_losses(
     train: np.ndarray, validation: np.ndarray, vocab_size: int, max_order: int = 5
@@ -43,10 +45,7 @@ def reference_losses(
     """
     _require_ids("train", train, vocab_size)
     _require_ids("validation", validation, vocab_size)
-    if max_order < 1:
-        raise ValueError(
-            f"reference_losses: max_order must be at least 1, got {max_order}. Raise max_order."
-        )
+    rules.whole_number("reference_losses", "max_order", max_order, 1)
     p = np.full(len(validation), 1 / vocab_size)
     losses = {"uniform": _nats(p)}
     # A context is known by its rank among all of its length, so that no number outgrows int64:

@@ -43,7 +43,7 @@ class KeyValues:
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: str) -> None:
-        G, D = cfg.kv_heads or cfg.heads, cfg.head_width
+        G, D = cfg.key_value_heads, cfg.head_width
         self.length, self.shape, self.dtype = 0, (batch, G, cfg.context, D), dtype
         self._k_BGSD, self._v_BGSD = (xp.empty(self.shape, dtype) for _ in range(2))
 
@@ -67,7 +67,7 @@ def init_attention(rng: Generator, cfg: ModelConfig, dtype: str) -> AttentionPar
 
     Gains start at one, biases and the sinks' logits at zero.
     """
-    C, H, G, D = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads, cfg.head_width
+    C, H, G, D = cfg.width, cfg.heads, cfg.key_value_heads, cfg.head_width
     out_std = 0.02 / math.sqrt(2 * cfg.layers)
     biased, gained = cfg.attention_bias, cfg.qk_norm in ("head", "full")
     q_size, k_size = (H * D, G * D) if cfg.qk_norm == "full" else (D, D)

@@ -18,7 +18,7 @@ import math
 from typing import NamedTuple
 
 from moe_numpy.backend import Array, few_launches, xp
-from moe_numpy.config import GroupLimited, ModelConfig, MoEConfig
+from moe_numpy.config import GroupLimited, ModelConfig, MoEConfig, branches
 from moe_numpy.moe import layer, mlp, router, routing, score, shared
 from moe_numpy.ops import activation, rotary
 from moe_numpy.transformer import attention, block, model
@@ -59,7 +59,7 @@ def supports(cfg: ModelConfig) -> bool:
         groups = isinstance(part, GroupLimited) and not score.gates_from_logits(cfg.moe)
         rare = rare or cfg.moe.capacity is not None or not (part is None or groups)
         rare = rare or cfg.moe.gate_on == "input" or cfg.moe.expert_bias
-        rare = rare or cfg.moe.activation == "swiglu3"
+        rare = rare or branches(cfg.moe.activation) == 3
     return not rare and not few_launches()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moe_numpy.backend import Array
-from moe_numpy.config import GATED, ModelConfig, rules
+from moe_numpy.config import ModelConfig, branches, rules
 from moe_numpy.moe import fit as moe_fit
 from moe_numpy.moe import layer as moe_layer
 from moe_numpy.transformer import attention
@@ -20,7 +20,7 @@ Leaf = tuple[str, Array | None, Shape]
 
 
 def check_tokens(token_BT: Array, start: int, cfg: ModelConfig) -> None:
-    """Refuse tokens that are no table, or end beyond the context.
+    """Refuse tokens that are not a table, or end beyond the context.
 
     Raises     ValueError
     """
@@ -69,7 +69,7 @@ def check_kv(
     rule, advice = "kv needs experts without limits", "Take cfg.evaluation()."
     fine = cfg.moe is None or cfg.moe.evaluation() == cfg.moe
     rules.require(fine, "model_forward", rule, f"{cfg.moe}", advice)
-    wanted = token_BT.shape[0], cfg.kv_heads or cfg.heads, cfg.context, cfg.head_width
+    wanted = token_BT.shape[0], cfg.key_value_heads, cfg.context, cfg.head_width
     advice = "Make one `KeyValues` for each layer, of this batch, and let all read every token."
     kinds = {type(entry).__name__ for entry in kv}
     for rule, came, right in (
@@ -175,7 +175,7 @@ def _of_norm(
 
 
 def _of_attention(name: str, own: attention.AttentionParams, cfg: ModelConfig) -> list[Leaf]:
-    C, H, G, D = cfg.width, cfg.heads, cfg.kv_heads or cfg.heads, cfg.head_width
+    C, H, G, D = cfg.width, cfg.heads, cfg.key_value_heads, cfg.head_width
     q_HD, k_GD, out_C = ((H, D), (G, D), (C,)) if cfg.attention_bias else (None, None, None)
     q_gain = k_gain = (D,) if cfg.qk_norm == "head" else None
     if cfg.qk_norm == "full":
@@ -191,7 +191,7 @@ def _of_mlp(name: str, own: MLPParams | None, cfg: ModelConfig, wanted: bool) ->
     widen, narrow = ((C, F), (F, C)) if wanted else (None, None)
     return [
         (f"{name}.in_CF", in_CF, widen),
-        (f"{name}.up_CF", up_CF, widen if kind in GATED else None),
+        (f"{name}.up_CF", up_CF, widen if branches(kind) > 1 else None),
         (f"{name}.out_FC", out_FC, narrow),
-        (f"{name}.third_CF", third_CF, widen if kind == "swiglu3" else None),
+        (f"{name}.third_CF", third_CF, widen if branches(kind) == 3 else None),
     ]

@@ -38,14 +38,14 @@ def sampling_probabilities(
     Raises
     ------
     ValueError
-        if the logits are no row of at least one number, hold a NaN or infinity, hold nothing but
+        if the logits are not a row of at least one number, hold a NaN or infinity, hold nothing but
         minus infinity (the logit of a token that is not allowed), or a knob is out of range.
     """
     rules.array("sampling_probabilities", "the logits", logits_V)
     rule, shape = "the logits must be a row of at least one", f"the shape {logits_V.shape}"
     row = logits_V.ndim == 1 and logits_V.size > 0
     rules.require(row, "sampling_probabilities", rule, shape, "Pass those of one token.")
-    _check_sampling(temperature, top_k, top_p)
+    _check_sampling("sampling_probabilities", temperature, top_k, top_p)
     _require_finite("sampling_probabilities", to_host(logits_V.max()))  # NaN if there is one
     return _probabilities(logits_V, temperature, top_k, top_p)
 
@@ -99,12 +99,13 @@ def generate(
         the parameters are not those of the configuration, the model is not causal, or its logits
         are not finite.
     """
+    rules.configuration("generate", cfg, ModelConfig)
     if not cfg.causal:
         raise ValueError(
             "generate: the model must be causal, got causal=False. "
             "An encoder sees later tokens: it cannot predict the next one."
         )
-    _check_sampling(temperature, top_k, top_p)
+    _check_sampling("generate", temperature, top_k, top_p)
     prompt_T = to_host(prompt_T)
     if prompt_T.ndim != 1:
         shape = prompt_T.shape
@@ -171,20 +172,16 @@ def _require_finite(who: str, number: float) -> None:
         )
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
+def _check_sampling(who: str, temperature: float, top_k: int | None, top_p: float) -> None:
     if not _is_number(temperature, Real) or not 0 <= temperature < float("inf"):
         raise ValueError(
-            f"generate: temperature must be zero or positive, got {temperature!r}. "
+            f"{who}: temperature must be zero or positive, got {temperature!r}. "
             "Use 0 for the most likely token, 1 for the model's own distribution."
         )
     if top_k is not None and (not _is_number(top_k, Integral) or top_k < 1):
-        raise ValueError(
-            f"generate: top_k must be at least 1, got {top_k!r}. Leave it out for all."
-        )
+        raise ValueError(f"{who}: top_k must be at least 1, got {top_k!r}. Leave it out for all.")
     if not _is_number(top_p, Real) or not 0 < top_p <= 1:
-        raise ValueError(
-            f"generate: top_p must satisfy 0 < top_p <= 1, got {top_p}. Use 1 for all."
-        )
+        raise ValueError(f"{who}: top_p must satisfy 0 < top_p <= 1, got {top_p}. Use 1 for all.")
 
 
 def _is_number(came: Any, kind: type) -> bool:

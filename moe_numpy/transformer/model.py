@@ -98,7 +98,7 @@ def model_forward(
                all that a configuration adds, and the peak of a step, are in `ledger.step_memory`.
                With `cfg.recompute` a layer leaves only its input there, C numbers; with `kv`
                nothing, as there is no backward then
-    Raises     ValueError if the tokens are no table, a sequence is empty or longer than the
+    Raises     ValueError if the tokens are not a table, a sequence is empty or longer than the
                context, a token is unknown, parameters, noise or kv are not those of the
                configuration, or there is kv although the model is not causal or limits its experts
     Source     Radford et al. 2019, GPT-2; the scales: Grok-1; the average: T5X
