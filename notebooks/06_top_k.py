@@ -18,7 +18,7 @@
 # | | |
 # |---|---|
 # | **Builds on** | the chain rule, sums over an index, indexing of NumPy arrays |
-# | **Time** | about 60 minutes, and as long again for the exercises |
+# | **Time** | about 60 minutes, and 75 more for the exercises |
 # | **Key moment** | section 7: gradients that are black where you expected numbers |
 #
 # Where it says **Predict**, write your answer down before you run the next cell. A wrong
@@ -36,7 +36,6 @@ from moe_numpy.lab import audit, pictures
 from moe_numpy.moe import capacity, dispatch, experts, layer, router
 from moe_numpy.ops import softmax
 
-rng = np.random.default_rng(0)
 np.set_printoptions(precision=2, floatmode="fixed", sign=" ")
 pictures.use_small_png()
 
@@ -45,7 +44,8 @@ pictures.use_small_png()
 #
 # **Why choose at all?** With four experts, letting all of them answer costs four times the work
 # of one. Letting the best two answer costs two times the work, whether there are four experts or
-# four hundred. The price is the choice.
+# four hundred. (Only the scores grow with their number, and a score is cheap.) The price is the
+# choice.
 #
 # The layer takes $N$ tokens, each a vector of $C$ numbers, and returns as many:
 #
@@ -75,6 +75,7 @@ pictures.use_small_png()
 # %%
 words = "a small cat sleeps on the warm mat".split()
 N, C, E, K = 8, 3, 4, 2
+rng = np.random.default_rng(0)
 w_CE = rng.normal(size=(C, E)).round(1)
 x_NC = rng.normal(size=(N, C)).round(1)
 logit_NE = np.zeros((N, E))
@@ -688,7 +689,7 @@ for n, k in np.argwhere(short.slot_NK == R):
 # a second matrix, see `moe_numpy/moe/router.py`) meets one batch of random tokens. Five loss
 # terms are sent back, *each alone*:
 #
-# - **task**: the squared error of the layer's output;
+# - **task**: the mean squared error of the layer's output;
 # - **Switch loss**: for each expert its share of the choices times its mean probability (of the
 #   noisy logits), added up, times the number of experts;
 # - **importance CV²**: how unequal the sums of the experts' gates are (CV² is their variance over
@@ -759,7 +760,9 @@ for g, t, p in np.argwhere(small & (found.norm > 0)):
 # ## Exercises
 #
 # Replace the `raise` line with your code and run the cell. The line printed below says what is
-# right, or what went wrong.
+# right, or what went wrong. The check uses other sizes than this notebook: take every size from
+# the arguments (`dx_RC.shape[1]`, `prob_NE.shape`, `expert_NK.shape`), not from the `N`, `C`, `E`,
+# `K` or `R` above.
 #
 # **1. Scatter-add** (10 minutes). The package sends the rows' gradients back by *reading*, with
 # `slot_NK`. Write the other form of section 6, which *adds* each row where its token is, with
@@ -775,9 +778,9 @@ def my_dispatch_backward(dx_RC, token_R, N):
 print(exercises_06.check_dispatch_backward(my_dispatch_backward))
 
 # %% [markdown]
-# <details><summary>Hint</summary>Start with zeros of shape <code>(N, C)</code>. A token's number
-# occurs several times in <code>token_R</code>. Try on paper what
-# <code>a = np.zeros(2); a[[0, 0]] += 1</code> leaves in <code>a</code>, then run it.</details>
+# <details><summary>Hint</summary>Start with zeros of shape <code>(N, dx_RC.shape[1])</code>. A
+# token's number occurs several times in <code>token_R</code>. Try on paper what <code>a =
+# np.zeros(2); a[[0, 0]] += 1</code> leaves in <code>a</code>, then run it.</details>
 #
 # **2. The other road** (25 minutes). Section 3 has two orders. The package chooses first, and
 # goes back through a softmax of the chosen. Go back along the other one: `prob = softmax(logit)`,
@@ -795,8 +798,8 @@ print(exercises_06.check_divided_gate_backward(my_divided_gate_backward))
 # %% [markdown]
 # <details><summary>Hint</summary>Let <code>s</code> be the sum of the chosen probabilities. The
 # slope of <code>p_i / s</code> in a chosen <code>p_j</code> is <code>([i = j] - gate_i) / s</code>
-# by the quotient rule. Put what you get under the chosen experts of an <code>(N, E)</code> table of
-# zeros (<code>np.put_along_axis</code>) and use 4.2.</details>
+# by the quotient rule. Put what you get under the chosen experts of
+# <code>np.zeros_like(prob_NE)</code> (<code>np.put_along_axis</code>) and use 4.2.</details>
 #
 # **3. Another gate** (40 minutes). Some recent models score each expert by itself: `s =
 # sigmoid(logit[chosen])` with `sigmoid(z) = 1 / (1 + exp(-z))`, and `gate = s / sum of s`. Derive

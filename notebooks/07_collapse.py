@@ -12,9 +12,10 @@
 # - tell a balanced router from a healthy one;
 # - tell what a cure does to the *load in training* from what it does to the *choice of the router*.
 #
-# **Builds on** chapter 06 (top-k gates and their gradients). **Time** about 45 minutes of reading;
-# the cells run in seconds. **The key moment** is the picture of eight experts in their first
-# hundred steps, and, soon after, the same layer on another task that does not collapse.
+# **Builds on** chapter 06 (top-k gates and their gradients). **Time** about 45 minutes of
+# reading, and 45 more for the exercises; the cells run in seconds. **The key moment** is the
+# picture of eight experts in their first hundred steps, and, soon after, the same layer on
+# another task that does not collapse.
 
 # %%
 # %matplotlib inline
@@ -31,7 +32,6 @@ from moe_numpy.moe import balance, router
 from moe_numpy.ops import softmax
 
 # %%
-rng = np.random.default_rng(0)
 grids.use_small_png()
 plt.rcParams.update({"figure.dpi": 88, "figure.constrained_layout.use": True})
 
@@ -55,26 +55,28 @@ plt.rcParams.update({"figure.dpi": 88, "figure.constrained_layout.use": True})
 # With a **raw** gate the expert's output $o$, a vector of $C$ numbers, is multiplied by the chosen
 # probability:
 #
-# $$ gate[n] = prob[n, a], \qquad y[n] = gate[n] \; o[n] . $$
+# $$ \mathit{gate}[n] = \mathit{prob}[n, a], \qquad y[n] = \mathit{gate}[n] \; o[n] . $$
 #
 # Training makes the loss $L$ smaller. Write $dy[n]$ for the gradient of $L$ with respect to $y[n]$.
 # The chain rule takes us back to the logits, one line after the other.
 #
 # **From $y$ to the gate.** $y$ is the gate times $o$, so the derivative is a scalar product:
 #
-# $$ u[n] = \frac{\partial L}{\partial gate[n]} = o[n] \cdot dy[n] . $$
+# $$ u[n] = \frac{\partial L}{\partial \mathit{gate}[n]} = o[n] \cdot dy[n] . $$
 #
 # (Chapter 06 calls it `dgate`; what is called $u$ there is something else.)
 #
-# **From the gate to the probabilities.** Only $prob[n, a]$ was read. It gets $u[n]$; the others get
-# 0.
+# **From the gate to the probabilities.** Only $\mathit{prob}[n, a]$ was read. It gets $u[n]$; the
+# others get 0.
 #
-# **From the probabilities to the logits.** For a softmax,
-# $\partial prob[n,a] / \partial logit[n,j] = prob[n,a] \, ([j = a] - prob[n,j])$, where
-# $[j = a]$ is 1 if $j = a$ and 0 otherwise. Multiply by $u[n]$:
+# **From the probabilities to the logits.** For a softmax, $\partial \mathit{prob}[n,a] / \partial
+# \mathit{logit}[n,j] = \mathit{prob}[n,a] \, ([j = a] - \mathit{prob}[n,j])$, where $[j = a]$ is
+# 1 if $j = a$ and 0 otherwise. Multiply by $u[n]$:
 #
-# $$ \frac{\partial L}{\partial logit[n,a]} = u[n] \, prob[n,a] \, (1 - prob[n,a]), \qquad
-#    \frac{\partial L}{\partial logit[n,j]} = -u[n] \, prob[n,a] \, prob[n,j] \quad (j \neq a). $$
+# $$ \frac{\partial L}{\partial \mathit{logit}[n,a]}
+#      = u[n] \, \mathit{prob}[n,a] \, (1 - \mathit{prob}[n,a]), \qquad
+#    \frac{\partial L}{\partial \mathit{logit}[n,j]}
+#      = -u[n] \, \mathit{prob}[n,a] \, \mathit{prob}[n,j] \quad (j \neq a). $$
 #
 # **Read the signs.** Gradient descent moves *against* the gradient. If $u[n] < 0$, so that a larger
 # gate would lower the loss, the chosen logit **rises and every other logit falls**, although no
@@ -138,28 +140,31 @@ for ax, (title, values_NE) in zip(axes, titles.items(), strict=True):
 # tokens. Then the expert takes one step. Let its last layer be $o = h W$, with hidden units $h$ and
 # a matrix $W$, and let the learning rate be $\eta$:
 #
-# $$ dW = h^T (gate \; dy) \qquad \text{since } y = gate \; h W, $$
-# $$ W_{new} = W - \eta \, gate \, h^T dy \qquad \text{one step down}, $$
-# $$ o_{new} = h W_{new} = o - \eta \, gate \, |h|^2 \, dy \qquad \text{for the same token}, $$
-# $$ u_{new} = o_{new} \cdot dy = u - \eta \, gate \, |h|^2 \, |dy|^2 \qquad
+# $$ dW = h^T (\mathit{gate} \; dy) \qquad \text{since } y = \mathit{gate} \; h W, $$
+# $$ W_{\mathit{new}} = W - \eta \, \mathit{gate} \, h^T dy \qquad \text{one step down}, $$
+# $$ o_{\mathit{new}} = h W_{\mathit{new}} = o - \eta \, \mathit{gate} \, |h|^2 \, dy
+#    \qquad \text{for the same token}, $$
+# $$ u_{\mathit{new}} = o_{\mathit{new}} \cdot dy
+#    = u - \eta \, \mathit{gate} \, |h|^2 \, |dy|^2 \qquad
 #    \text{with the same } dy . $$
 #
-# The last term is never positive. For another token, with hidden units $h'$ and gradient $dy'$, the
-# same step changes $u'$ by $- \eta \, gate \, (h \cdot h') (dy \cdot dy')$. **Serving a token makes
-# $u$ smaller for that token and for all that are like it**: alike in $h$, and needing a similar
-# change.
+# The last term is never positive. For another token, with hidden units $h'$ and gradient $dy'$,
+# the same step changes $u'$ by $- \eta \, \mathit{gate} \, (h \cdot h') (dy \cdot dy')$.
+# **Serving a token makes $u$ smaller for that token and for all that are like it**: alike in $h$,
+# and needing a similar change.
 #
 # The router passes its pushes on as well. Its logit is $x \cdot w_e$, with one column $w_e$ for
-# each expert, so a token pulls the column by $dlogit[e] \, x$, and the step changes the logit of
-# another token $x'$ by $- \eta \, dlogit[e] \, (x \cdot x')$. If the vectors of all tokens have a
-# direction in common, **a push for one token is a push for nearly all**.
+# each expert, so a token pulls the column by $\mathit{dlogit}[e] \, x$, and the step changes the
+# logit of another token $x'$ by $- \eta \, \mathit{dlogit}[e] \, (x \cdot x')$. If the vectors of
+# all tokens have a direction in common, **a push for one token is a push for nearly all**.
 #
 # That closes the loop: being chosen, the expert learns; having learned, it has $u < 0$;
 # with $u < 0$ its logit rises and all others fall; so it is chosen again. The matrices of an expert
 # that no token chose get no gradient at all; only its logit is moved, and here it falls. Here are
-# the four lines about $u$ in numbers.
+# the formulas in numbers.
 
 # %%
+rng = np.random.default_rng(0)
 h, W = rng.standard_normal(4), 0.1 * rng.standard_normal((4, 3))  # hidden units; (4, C) with C = 3
 dy, gate, eta = rng.standard_normal(3), 0.3, 0.1
 u = (h @ W) @ dy
@@ -174,21 +179,23 @@ print(f"the formula says   {u - eta * gate * (h @ h) * (dy @ dy):+.4f}")
 #
 # "Nearly all tokens to a few experts" has to become a number before we can count it over seeds.
 #
-# The **load** is how many choices each expert got: `load_E`, shape $(E,)$. The **share** divides by
-# the sum, $share[e] = load[e] / \sum_j load[j]$, so shares add up to 1. The **entropy** and the
-# **effective experts** are
+# The **load** is how many choices each expert got: `load_E`, shape $(E,)$. The **share** divides
+# by the sum, $\mathit{share}[e] = \mathit{load}[e] / \sum_j \mathit{load}[j]$, so shares add up
+# to 1. The **entropy** and the **effective experts** are
 #
-# $$ H = -\sum_e share[e] \, \log share[e], \qquad effective = \exp(H), $$
+# $$ H = -\sum_e \mathit{share}[e] \, \log \mathit{share}[e],
+#    \qquad \mathit{effective} = \exp(H), $$
 #
 # with natural logarithms and $0 \log 0 = 0$. Three cases show what it counts.
 #
 # - *$k$ experts share evenly, the others get nothing:* each of $k$ terms is $-\frac1k \log
-#   \frac1k$, so $H = \log k$ and $effective = k$.
+#   \frac1k$, so $H = \log k$ and $\mathit{effective} = k$.
 # - *One expert has everything:* that is $k = 1$. It cannot be lower: every term
-#   $-share \log share$ is zero or more, so $H \ge 0$.
+#   $-\mathit{share} \log \mathit{share}$ is zero or more, so $H \ge 0$.
 # - *All $E$ share evenly:* that is $k = E$. It cannot be higher. Since $\log z \le z - 1$,
-#   $$ H - \log E = \sum_{share > 0} share[e] \log \frac{1}{E \, share[e]}
-#      \le \sum_{share > 0} \Big( \frac{1}{E} - share[e] \Big) \le 1 - 1 = 0 . $$
+#   $$ H - \log E
+#      = \sum_{\mathit{share} > 0} \mathit{share}[e] \log \frac{1}{E \, \mathit{share}[e]}
+#      \le \sum_{\mathit{share} > 0} \Big( \frac{1}{E} - \mathit{share}[e] \Big) \le 1 - 1 = 0 . $$
 #
 # So effective experts go from 1 to $E$. An expert is called **dead** if its share is below 1%.
 #
@@ -332,7 +339,7 @@ print(f"effective experts over the last ten steps: {effective:.2f} of 8")
 # origin, the same with the smaller spread, and eight jobs that are all moved by one and the same
 # vector. That makes the vectors of the one job shorter and those of the eight jobs longer, too. So
 # "shorter" and "longer" change the length alone: every vector is multiplied by the same number.
-# Every number is one seed (four of them, two in the last four lines): effective experts over the
+# There is one number for each seed (four, in the last four lines two): effective experts over the
 # last tenth of a run, at the learning rate of the table below.
 #
 # > **Predict.** Which of the two collapses, "one job, centered" or "eight jobs, shifted"?
@@ -436,8 +443,9 @@ print("The cures of this layer:", *cures, sep="\n")
 #
 # Look at "renorm. + Switch" in the table: its load is even on both tasks. On eight jobs, compare
 # its loss with all the others, and with "one expert" in the last row. A **renormalized** gate
-# divides the chosen gates by their sum. With one choice that is $prob / prob = 1$, a constant: no
-# gradient can reach the router through it. (The reason is in chapter 06; we only check.)
+# divides the chosen gates by their sum. With one choice that is $\mathit{prob} / \mathit{prob} =
+# 1$, a constant: no gradient can reach the router through it. (The reason is in chapter 06; we
+# only check.)
 
 # %%
 gate_NK, cache = router.renormalized_gate_forward(logit_NE, expert_NK)
@@ -453,8 +461,9 @@ print(rich_get_richer.compare(eight_jobs, "renorm. + Switch", "one expert"))
 # says.
 #
 # So we need a second number. **Decisiveness** is the mean over tokens of the largest probability
-# in the row: $\frac1N \sum_n \max_e prob[n, e]$. It is $1/E$ if the router prefers nobody and 1 if
-# it is sure. Balance is left to right, decisiveness is bottom to top; one dot for each seed.
+# in the row: $\frac1N \sum_n \max_e \mathit{prob}[n, e]$. It is $1/E$ if the router prefers
+# nobody and 1 if it is sure. Balance is left to right, decisiveness is bottom to top; one dot for
+# each seed.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), width_ratios=(1, 1.45))
@@ -485,9 +494,9 @@ for ax, task in zip(axes, settings["tasks"], strict=True):
 #   share times the *capacity factor*, as printed with the table); a choice that finds it full goes
 #   to the token's next best one. The load *must* spread, whatever the router wants.
 # - The **Switch loss** is added to the loss, times a small weight:
-#   $$ switch = E \sum_e f[e] \, P[e], \qquad P[e] = \frac1N \sum_n prob[n, e], $$
+#   $$ \mathit{switch} = E \sum_e f[e] \, P[e], \qquad P[e] = \frac1N \sum_n \mathit{prob}[n, e], $$
 #   where $f[e]$ is expert $e$'s share of the choices. Counts have no gradient, so $f$ is a
-#   constant; $prob$ has one, so this cure speaks to the router itself. In numbers:
+#   constant; $\mathit{prob}$ has one, so this cure speaks to the router itself. In numbers:
 
 # %%
 chosen_NK = np.zeros((3, 1), int)  # all three tokens chose expert 0
@@ -518,7 +527,9 @@ legend = axes[0, 0].legend(fontsize=8, frameon=False)
 # bars. On the small layer's one job it was otherwise: there the hollow dots of "raw + capacity" are
 # high, too. An expert that is forced to serve learns, and may then be wanted. With the **Switch
 # loss** filled and hollow agree: the router itself changed. Averages over all seeds and both
-# layers:
+# layers ("clean router" are the effective experts of the router's own choice, "drops" the share of
+# choices without a place, none here, as a full expert passes them on; the loss is in nats, -log p
+# with the natural logarithm):
 
 # %%
 print(collapse.table(text))
@@ -578,9 +589,9 @@ print(exercises_07.check_effective_experts(my_effective_experts))
 #
 # ## Exercise 2: the gradient of the Switch loss
 #
-# (15 minutes) Take section 6's formula and derive `dprob_NE`, the gradient of $switch$ with respect
-# to `prob_NE`, shape $(N, E)$. `expert_NK` holds the chosen experts, shape $(N, K)$, so that there
-# are $N K$ choices in all. Use nothing of `moe_numpy`.
+# (15 minutes) Take section 6's formula and derive `dprob_NE`, the gradient of $\mathit{switch}$
+# with respect to `prob_NE`, shape $(N, E)$. `expert_NK` holds the chosen experts, shape $(N, K)$,
+# so that there are $N K$ choices in all. Use nothing of `moe_numpy`.
 
 
 # %%

@@ -6,7 +6,7 @@
 # and the gain that was measured on an AMD EPYC. There the steps are clearly faster than PyTorch's,
 # but much of that is a gift: NumPy's library of matrix products is, by its median, more than twice
 # as fast there as PyTorch's. On an Intel Xeon, an older version of the package was about as fast as
-# PyTorch, some steps a little slower. (The races are in the README.)
+# PyTorch, some steps a little slower and the Mixtral step faster. (The races are in the README.)
 #
 # **After this page you can**
 #
@@ -14,8 +14,10 @@
 # - explain each optimization, and why it changes no result (or which one changes it);
 # - read a measured gain with its spread, and tell it from noise.
 #
-# **Builds on** chapter 06 (dispatch and combine). **Time** about 25 minutes of reading; the cells
-# run in seconds. **The key moment** is section 9: what could *not* be shown to help.
+# **Builds on** chapter 06 (dispatch and combine); it helps to know attention, GELU and AdamW.
+# (The model called Mixtral has gated experts, the best 2 of 8 for each token.) **Time** about 25
+# minutes of reading, and 15 more for the exercise; the cells run in seconds. **The key moment**
+# is section 9: what could *not* be shown to help.
 
 # %%
 # %matplotlib inline
@@ -45,7 +47,7 @@ removals = files.read_json(FIGURES / "speed_steps.json")
 # ## Predict first
 #
 # 1. A training step multiplies matrices, and does much else: norms, softmaxes, activations, the
-#    optimizer. Which share of its time are the matrix products?
+#    optimizer. What share of its time do the matrix products take?
 # 2. Two cores train one model. Which is better: both work on each product together, or each works
 #    on its own half of the batch? And which gains more, that choice, or numbers of half the size
 #    (float32 for float64)?
@@ -112,8 +114,8 @@ for row in races["rows"]:
 
 # %% [markdown]
 # So if everything else cost nothing, a step would be faster by about that factor, and by no more.
-# (A share above 100 % cannot be. It is of a round in which something disturbed the products alone,
-# and slowed them down more than the steps beside them. The medians do not mind.)
+# (A share above 100 % cannot be. It comes from a round in which something disturbed the products
+# alone, and slowed them down more than the steps beside them. The medians do not mind.)
 #
 # The last line of each model is the same step with older kernels (the inner loops of the library),
 # for registers of half the width. Its products take longer, everything else takes as long as

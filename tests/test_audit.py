@@ -247,7 +247,7 @@ one, two, three = (
         (one, lambda dx, t, N: add_at(dx, np.roll(t, 1), N), "wrong: each row of dx_RC went to"),
         (one, lambda dx, t, N: add_at(dx, np.roll(t, -1), N), "wrong: each row of dx_RC went to"),
         (one, integers, "wrong: the answer holds integers"),
-        (two, divided, "right: "),
+        (two, divided, "right: 35 numbers agree with the judge. After the division the mean m"),
         (two, lambda *a: divided(*a).astype("float32"), "right: "),
         (two, lambda dg, p, e: divided(dg, p, e) + 1e-7 * unchosen(p, e), "wrong: unselected"),
         (two, lambda *a: (1 + 2e-6) * divided(*a), "wrong: nearly right"),
@@ -299,6 +299,12 @@ one, two, three = (
 def test_a_check_names_what_went_wrong_in_one_line(check, answer, says):
     line = check(answer)
     assert line.startswith(says) and "\n" not in line, line
+
+
+def test_sizes_of_the_notebook_are_told_from_those_of_the_check():
+    line = two(lambda dgate_NK, prob_NE, expert_NK: np.zeros(4)[expert_NK])
+    assert line.startswith("the function stopped with IndexError")
+    assert "the check uses other sizes than the notebook" in line
 
 
 def test_the_third_check_answers_the_question_of_the_exercise():

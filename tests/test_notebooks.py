@@ -184,7 +184,9 @@ def test_solutions_in_a_notebook_are_not_built_over(lesson, capsys):
     nbformat.write(solved, path)
     before = path.read_bytes()
     assert commands.main(["notebooks", "--folder", str(source.parent)]) == 1
-    assert "01_short.ipynb must be as it was built, got cell 2 changed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "01_short.ipynb must be as it was built, got a cell changed by hand" in said
+    assert "begins with 'the solution'" in said
     assert path.read_bytes() == before
     path.write_text("{")
     with pytest.raises(ValueError, match="must be as it was built"):

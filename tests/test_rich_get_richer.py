@@ -271,6 +271,11 @@ def above(least, load_E):
     return math.exp(-sum(c / total * math.log(c / total) for c in load_E if c >= least * total > 0))
 
 
+def part(load_E, experts):
+    total = sum(load_E)
+    return math.exp(-sum(c / total * math.log(c / total) for c in load_E[experts]))
+
+
 def changing(solution):
     """Solve an exercise, but with its first argument spoiled on the way."""
 
@@ -310,7 +315,11 @@ def changing(solution):
         (lambda load: above(0.01, load), "for the load [2000, 1, 15] it must be"),
         (lambda load: above(0.01, load), "Small shares count, too"),
         (lambda load: above(0.001, load), "Small shares count, too"),
-        (lambda load: above(0.1, load), "for the load [6, 2, 4, 1] it must be"),
+        (lambda load: above(0.1, load), "for the load [2, 6, 1, 4] it must be"),
+        (lambda load: part(load, slice(1)), "is `return` inside the loop?"),
+        (lambda load: part(load, slice(-1, None)), "add up with `+=`"),
+        (lambda load: part(load, slice(-1)), "The last expert was left out"),
+        (lambda load: part(load, slice(1, None)), "The first expert was left out"),
         (lambda load: load / sum(load), "one number"),
         (lambda load: None, "return"),
         (lambda load: 1j, "one number, got complex"),
@@ -345,7 +354,7 @@ def switch(prob_NE, expert_NK):
         (lambda p, e: switch(p, e) * p.shape[0], "factor 1 / N"),
         (lambda p, e: switch(p, e) * e.shape[1], "N K choices"),
         (lambda p, e: -switch(p, e), "sign"),
-        (lambda p, e: np.zeros_like(p), "all zeros"),
+        (lambda p, e: np.zeros_like(p), "all zeros. Did integers cut them off?"),
         (lambda p, e: switch(p, e) * (np.arange(p.shape[1]) == e[:, :1]), "only the chosen"),
         (lambda p, e: np.tile(p.shape[1] * p.mean(0) / len(p), (len(p), 1)), "where f belongs"),
         (lambda p, e: 2 * p, "must be"),
@@ -375,6 +384,7 @@ def alarm(share_SE):
         (lambda s: alarm(s.reshape(20, 8)), "but with 16 experts it stopped with ValueError"),
         (lambda s: not alarm(s), "wrong way"),
         (lambda s: bool(metrics.effective_experts(s[-5:].mean(0)) < 4), "number of experts"),
+        (lambda s: bool(metrics.effective_experts(s[-5:].sum(0)) < 4), "instead of adding them up"),
         (lambda s: bool(s[-1].max() > 0.5), "silent while 2 of 16 experts share all tokens"),
         (lambda s: bool(metrics.effective_experts(s[-1]) < 1.99), "silent while 2 of 16"),
         (lambda s: metrics.effective_experts(s).mean(), "True or False"),

@@ -15,7 +15,7 @@ CHANGED = "the function changed its arguments; work on a copy, others still need
 
 def check_effective_experts(answer: Callable[[np.ndarray], float]) -> str:
     """Check exercise 1: effective experts of one layer's load, counts of shape (E,), with loops."""
-    cases = [[6, 2, 4, 1], [5, 5, 5, 5], [3, 0, 3, 0, 2], [7, 0, 0], [2000, 1, 15]]
+    cases = [[2, 6, 1, 4], [5, 5, 5, 5], [3, 0, 3, 0, 2], [7, 0, 0], [2000, 1, 15]]
     for load in cases:
         came, problem = _call(answer, np.array(load), todo="effective experts")
         if problem:
@@ -61,6 +61,14 @@ def _why(came: float, load: list[int]) -> str:
     }
     if any(_close(came, _effective_above(least, shares)) for least in sorted(shares)[1:]):
         return "Small shares count, too: leave out the experts that got nothing, and only those."
+    for part, reason in (
+        (shares[:1], "Only the first expert was counted: is `return` inside the loop?"),
+        (shares[-1:], "Only the last expert was counted: add up with `+=`."),
+        (shares[:-1], "The last expert was left out."),
+        (shares[1:], "The first expert was left out: Python counts from 0."),
+    ):
+        if _close(came, _effective_above(0, part)):
+            return reason
     if math.isnan(came):
         return "A share of 0 gave 0 * log 0: leave out the experts that got nothing."
     for wrong, reason in typical.items():
@@ -116,7 +124,10 @@ def _why_switch(
     best_E = np.bincount(np.argsort(-prob_NE, 1)[:, :K].reshape(-1), minlength=E) / (N * K)
     dlogit_NE = prob_NE * (right_NE - (prob_NE * right_NE).sum(1, keepdims=True))
     typical = (
-        (np.zeros((N, E)), "all zeros. f is a constant, but prob is not: P has a gradient."),
+        (
+            np.zeros((N, E)),
+            "all zeros. Did integers cut them off? If not: f is a constant, but prob is not.",
+        ),
         (-right_NE, "the sign is turned: dprob is the gradient, the optimizer subtracts it."),
         (right_NE / E, "the factor E in front of the sum is missing."),
         (
@@ -189,7 +200,7 @@ def check_alarm(
         if came:
             return (
                 f"{score}, but it rings for {other} experts with equal shares: compare with the "
-                "number of experts, share_SE.shape[1]."
+                "number of experts, share_SE.shape[1], and average steps instead of adding them up."
             )
     for other in (2 * E, 4 * E):
         busy = max(1, other // 8)

@@ -55,15 +55,16 @@ def require_untouched(source: Path) -> None:
         return
     try:
         cells = json.loads(path.read_text("utf-8"))["cells"]
-        found = [
-            _id(place, "".join(cell["source"])) == cell["id"] for place, cell in enumerate(cells)
-        ]
+        texts = ["".join(cell["source"]) for cell in cells]
+        own = [text for i, text in enumerate(texts) if _id(i, text) != cells[i]["id"]]
     except (OSError, ValueError, KeyError, TypeError):
-        found = [False]  # it is no notebook that was built here
-    if not all(found):
+        own = ["?"]  # it is no notebook that was built here
+    if own:
+        begins = next(iter(own[0].splitlines()), "")
         raise ValueError(
-            f"notebooks: {path} must be as it was built, got cell {1 + found.index(False)} changed "
-            f"by hand, which would be lost. Move it away, or what is to stay to {source.name}."
+            f"notebooks: {path} must be as it was built, got a cell changed by hand, which would "
+            f"be lost (it begins with {begins!r}). Move the notebook elsewhere, or put what should "
+            f"stay into {source.name}."
         )
 
 

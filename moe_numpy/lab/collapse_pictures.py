@@ -185,7 +185,7 @@ def plot_load_beside_choice(ax: Axes, run: dict[str, Any], title: str) -> Axes:
     ax.set(xlabel="experts, most wanted first", ylabel="share")
     ax.set_title(title, fontsize=10)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xticks(range(0, load_E.size, max(1, load_E.size // 4)))
     return ax
 
 
