@@ -18,8 +18,8 @@ def limited_to_groups(rank_NE: Array, groups: int, kept: int, score: str) -> Arr
         group of expert e = e // (E / groups)
         group score       = its best rank value ("max"), or the sum of its two best ("top2")
 
-    (Hugging Face masks the others with 0, and so chooses one of them where a kept expert's biased
-    score is negative.) Ties go to the lower group.
+    (Hugging Face's DeepSeek-V3 long masked them with 0, and so chose one of them where the biased
+    score of a kept expert was negative.) Ties go to the lower group.
 
     Shapes     rank_NE (N, E); groups divides E -> rank_NE (N, E)
     Source     DeepSeek-AI 2024, DeepSeek-V2, section 2.2.2 (max); DeepSeek-V3, section 2.1.2 (top2)

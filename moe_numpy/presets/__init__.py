@@ -53,8 +53,8 @@ def get(name: str) -> Preset:
 def tiny(name: str, vocab_size: int | None = None) -> ModelConfig:
     """Return a system at laptop size: the published configuration with smaller numbers.
 
-    Two layers of width 64, 8 or 16 experts whose hidden widths together make four model widths
-    for each token. Routing, gates, losses, norms, activation and positions are as published;
+    Two layers of width 64, mostly 8 or 16 experts whose hidden widths together make four model
+    widths for each token. Routing, gates, losses, norms, activation and positions are as published;
     groups of tokens are sequences of 64, and what follows a size (the noise of V-MoE, the first
     weights of a router, the scale of an embedding) follows it down.
 

@@ -16,7 +16,7 @@ from moe_numpy.config import (
     SecondExpert,
     SwitchLoss,
 )
-from moe_numpy.presets.record import DECODER, NO_LIMIT, ROTARY, Paper, Preset, Published
+from moe_numpy.presets.record import DECODER, NO_LIMIT, ROTARY, UNSCALED, Paper, Preset, Published
 
 JACOBS = Preset(
     name="jacobs1991",
@@ -176,6 +176,7 @@ GSHARD = Preset(
         "differs: the loss is E sum f P, 1 at balance, as in the code; the paper's is smaller by "
         "E^2, and its weight is not printed.",
         "differs: evaluation always uses both experts and limits none.",
+        "differs: rotary positions, which are younger than the paper.",
         "differs: AdamW in place of Adafactor.",
     ),
     notes=(
@@ -236,6 +237,8 @@ SWITCH = Preset(
         "differs: no expert dropout, which is for fine-tuning.",
         "differs: ReLU of width 3072, as in the configuration of the code; the paper's table 9 has "
         "a gated GELU of width 2048, as many parameters.",
+        UNSCALED,
+        "differs: the head reads the stream as it is; in T5 divided by the root of its width.",
     ),
     encoder=True,
 )

@@ -169,8 +169,8 @@ def _hierarchy(moe: MoEConfig) -> list[str]:
         f"wished_NK = top_k(noisy_NG, {part.kept}) of {part.groups} groups, "
         f"top_k(noisy_NE, {each}) in each",
         f"score_NE = {_product('noisy')}",
-        f"gate_NK = {_scale(moe)}softmax(noisy_NG[wished groups]) * "
-        "softmax(noisy_NE[wished in the group])",
+        f"gate_NK = {_scale(moe)}softmax(noisy_NG[{_whose(moe)} groups]) * "
+        f"softmax(noisy_NE[{_whose(moe)} in the group])",
     ]
 
 
@@ -178,10 +178,13 @@ def _product(logits: str) -> str:
     return f"softmax({logits}_NG)[group] * softmax({logits}_NE in the group)"
 
 
+def _whose(moe: MoEConfig) -> str:
+    return "used" if moe.capacity is not None and _moves_on(moe.capacity) else "wished"
+
+
 def _gates(moe: MoEConfig) -> list[str]:
     """Write down the weights of the chosen experts."""
-    moved = moe.capacity is not None and _moves_on(moe.capacity)
-    gate, chosen = "score_NE[used]" if moved else "score_NE[wished]", "them"
+    gate, chosen = f"score_NE[{_whose(moe)}]", "them"
     if moe.gate_weights == "renormalized_kept":
         chosen = "those that have a place"
     if moe.renormalized:

@@ -11,6 +11,9 @@ from moe_numpy.config import ModelConfig
 DECODER = "differs: only a decoder is built; the counts are those of the encoder and the decoder."
 ROTARY = "differs: rotary positions in place of a learned bias of relative positions."
 POOLED = "differs: the loss is one for each layer; Hugging Face's pools the tokens of all layers."
+UNSCALED = (
+    "differs: attention logits are divided by the root of the head's width; in T5 they are not."
+)
 NO_LIMIT = "differs: evaluation limits no expert; the original raises the capacity factor to 2."
 
 

@@ -16,7 +16,7 @@ from moe_numpy.config import (
     SwitchLoss,
     ZLoss,
 )
-from moe_numpy.presets.record import DECODER, NO_LIMIT, ROTARY, Paper, Preset, Published
+from moe_numpy.presets.record import DECODER, NO_LIMIT, ROTARY, UNSCALED, Paper, Preset, Published
 
 LANGUAGE = (
     "differs: a model of text in place of a vision transformer; a table of 1000 symbols and its "
@@ -33,7 +33,8 @@ VMOE = Preset(
     ),
     idea=(
         "Top-2 for images: fixed normal noise of deviation 1/E on the logits, raw gates, losses "
-        "on importance and load. All experts of a layer start equal, and the noise parts them."
+        "on importance and load. All experts of a layer start equal, and part as they see "
+        "different tokens."
     ),
     model=ModelConfig(
         vocab_size=1000,
@@ -64,8 +65,9 @@ VMOE = Preset(
         "differs: places in token order, so that no token sees a later one; the original is "
         "Capacity(priority='choice'), or 'bpr' with batch prioritized routing.",
         "differs: evaluation has no limit; the original keeps its own.",
+        "differs: places and losses over all tokens at once, the original's over eight images.",
+        "differs: experts without biases.",
     ),
-    notes=("The sizes of the host model are unverified.",),
 )
 
 BASE = Preset(
@@ -108,6 +110,7 @@ BASE = Preset(
         "differs: the affinity is that of the normalized token.",
         "differs: normal first weights; in the code the experts' last matrix starts at zero and "
         "the router's columns orthogonal.",
+        "differs: experts without biases.",
     ),
     notes=(
         "The output of the code, a F(x) + (1 - a) x with F(x) = x + ffn(x), is the x + a ffn(x) of "
@@ -130,9 +133,9 @@ ST_MOE = Preset(
         "feed-forward after the experts of every fourth layer."
     ),
     model=ModelConfig(
-        vocab_size=256_000,
+        vocab_size=32_128,
         context=512,
-        layers=27,
+        layers=24,
         width=5120,
         heads=64,
         head_size=128,
@@ -141,7 +144,7 @@ ST_MOE = Preset(
         norm="rmsnorm",
         norm_eps=1e-6,
         positions="rotary",
-        moe_layers=tuple(range(3, 27, 4)),
+        moe_layers=tuple(range(3, 24, 4)),
         extra_ffn=True,
         balance_over_layers="mean",
         moe=MoEConfig(
@@ -171,11 +174,12 @@ ST_MOE = Preset(
         "differs: raw gates, as in the configuration of the code; the paper renormalizes them and "
         "drops second experts of small weight.",
         "differs: no z-loss on the output's logits.",
+        "differs: the embedding is the head, too; in the code they are two tables.",
+        UNSCALED,
     ),
     notes=(
-        "27 layers on each side and the vocabulary are unverified; width 5120 is that of the "
-        "paper's table 11, the rest is from the configuration of the code. Without the extra "
-        "feed-forwards the count is that of the paper.",
+        "Sizes are those of the code's configuration: 24 layers on each side, and their count is "
+        "that of the paper. The paper's 27 may count the extra feed-forwards as half layers.",
     ),
     encoder=True,
 )
@@ -300,8 +304,8 @@ SOFT_MOE = Preset(
     departs=(
         LANGUAGE,
         "differs: a slot mixes all tokens of a batch, the paper's those of one image.",
+        "differs: no norms of queries and keys, which the released configuration has.",
     ),
-    notes=("The sizes of the host model are unverified.",),
 )
 
 ALL = (VMOE, BASE, ST_MOE, SINKHORN, EXPERT_CHOICE, SOFT_MOE)
