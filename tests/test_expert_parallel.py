@@ -433,6 +433,25 @@ def test_nothing_is_swapped_while_processes_go_on_with_what_stood_there():
         assert np.allclose(layer.moe_forward(x_NC, shared, cfg)[0], 2 * y_NC)
 
 
+def test_what_is_wrapped_around_the_experts_happens_once_not_in_the_members_too():
+    cfg = tiny.moe()
+    x_NC, dy_NC, params, _ = drawn(cfg)
+    forward, backward = experts.experts_forward, experts.experts_backward
+
+    def double(*given):
+        y_RC, cache = forward(*given)
+        return 2 * y_RC, cache
+
+    def turn(dy_RC, cache):
+        dx_RC, grads = backward(dy_RC, cache)
+        return -dx_RC, grads
+
+    with registry.swap("experts_forward", double), registry.swap("experts_backward", turn):
+        alone = both_ways(x_NC, dy_NC, params, cfg, None)
+        with parallel(params) as (shared, _):
+            assert tiny.same_bits(both_ways(x_NC, dy_NC, shared, cfg, None), alone)
+
+
 def test_generation_shares_nothing_out_however_many_rows_it_has():
     cfg = tiny.model(tiny.moe())
     params = model.init_model(0, cfg)

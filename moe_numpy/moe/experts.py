@@ -305,8 +305,24 @@ def experts_forward(
     Source     Shazeer et al. 2017, section 3.2; gated: Jiang et al. 2024, Mixtral, section 2.1
     """
     crew = processes.holder(params)
-    if crew is not None:  # 0. elsewhere
-        return crew.forward(x_RC, params, cfg, offsets)
+    run = run_here if crew is None else crew.forward
+    return run(x_RC, params, cfg, offsets)
+
+
+def experts_backward(dy_RC: Array, cache: Cache) -> tuple[Array, ExpertParams]:
+    """Undo `experts_forward`, where it was done.
+
+    Shapes     dy_RC (R, C) -> dx_RC (R, C), grads
+    """
+    if isinstance(cache, tuple):
+        return undo_here(dy_RC, cache)
+    return cache.backward(dy_RC)  # a ticket of `expert_parallel`
+
+
+def run_here(
+    x_RC: Array, params: ExpertParams, cfg: MoEConfig, offsets: tuple[int, ...]
+) -> tuple[Array, Cache]:
+    """Do the work of `experts_forward` in this process."""
     a_RF, in_cache = expert_linear_forward(x_RC, params.in_ECF, params.in_EF, offsets)  # 1. widen
     up_RF = up_cache = third_RF = third_cache = None
     if params.up_ECF is not None:
@@ -322,16 +338,14 @@ def experts_forward(
     return y_RC, (in_cache, up_cache, third_cache, act_cache, out_cache)
 
 
-def experts_backward(
+def undo_here(
     dy_RC: Array, cache: Cache, room: ExpertParams | None = None
 ) -> tuple[Array, ExpertParams]:
-    """Undo `experts_forward` part by part; every branch has read x, so their gradients add up.
+    """Undo `run_here` part by part; every branch has read x, so their gradients add up.
 
-    Shapes     dy_RC (R, C) -> dx_RC (R, C), grads: those of matrices in new arrays, or in `room`
-               (that of `expert_parallel`, whose processes share it)
+    The gradients of matrices come in new arrays, or in `room` (that of `expert_parallel`, whose
+    processes share it).
     """
-    if not isinstance(cache, tuple):  # 0. a ticket of `expert_parallel`
-        return cache.backward(dy_RC)
     in_cache, up_cache, third_cache, act_cache, out_cache = cache
     room = room or ExpertParams(None, None, None)
     dh_RF, dout_EFC, dout_EC = expert_linear_backward(dy_RC, out_cache, room.out_EFC)  # 3.

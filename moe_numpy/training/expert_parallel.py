@@ -232,7 +232,7 @@ def _run(
         params = tree.map(lambda array: array[own], crew.layers[order.layer])
         shifted = tuple(at - rows.start for at in offsets[start : end + 1])
         x_RC = table_RC[rows].copy()  # which the cache keeps
-        table_RC[rows], cache = experts.experts_forward(x_RC, params, cfg, shifted)
+        table_RC[rows], cache = experts.run_here(x_RC, params, cfg, shifted)
     crew.kept[order.number] = (cache, own, rows)
     return [time.perf_counter()]
 
@@ -243,7 +243,7 @@ def _undo(crew: _Crew, rank: int, order: _Order, room: int) -> list[float]:
     cache, own, rows = crew.kept[order.number]
     if cache is not None:
         grads = tree.map(lambda array: array[own], crew.rooms[order.layer][room].grads)
-        table_RC[rows], found = experts.experts_backward(table_RC[rows], cache, grads)
+        table_RC[rows], found = experts.undo_here(table_RC[rows], cache, grads)
         for place, array in zip(tree.leaves(grads), tree.leaves(found), strict=True):
             if array is not place:  # one of biases
                 place[...] = array
