@@ -135,7 +135,7 @@ def train(options: argparse.Namespace) -> int:
     _say(options, "Reference losses: " + _reference_line(references))
     folder = folder or _new_folder(Path("runs"))
     try:
-        with files.held(folder):
+        with files.held(folder, "checkpoint.npz"):
             if options.resume is None:  # while this one got ready, another may have been here
                 _require_no_run(folder)
             loop.train(
@@ -259,6 +259,11 @@ def bench(options: argparse.Namespace) -> int:
     record = study_module.run(
         plan, tuple(options.only or ()), lambda name: print(f"... {name}", file=where, flush=True)
     )
+    if not record["rows"]:
+        raise ValueError(
+            "bench: the steps must have the programs of tests/benchmarks, got an installation "
+            "without them. Run them in a checkout."
+        )
     for name, found in study_module.records(record).items():
         path = Path(folder, f"{name}.json")
         _keep(found, path)
@@ -507,10 +512,12 @@ def _require_seed(seed: int) -> None:
 
 
 def _folder(options: argparse.Namespace, part: bool, *names: str) -> str:
-    """Choose the folder of the named records, and see that they can be written there.
+    """Choose the folder of the named records, and see that they can be written there, and drawn.
 
     A part of a study must not take the place of the committed whole.
     """
+    from moe_numpy.lab import plots  # noqa: F401  the picture must not fail at the end
+
     folder = options.out or ("figures/quick" if part else "figures")
     for name in names:
         for kind in (".json", ".png"):
@@ -520,9 +527,9 @@ def _folder(options: argparse.Namespace, part: bool, *names: str) -> str:
 
 def _keep(record: dict[str, Any], path: Path) -> None:
     """Write a record, and draw its picture beside it."""
-    from moe_numpy.lab import plots
-
     files.write_json(path, record)
+    from moe_numpy.lab import plots  # only now: the record is there, whatever this finds
+
     plots.save(plots.draw(record), path.with_suffix(".png"))
 
 

@@ -84,10 +84,11 @@ def require_folder(folder: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: str | Path) -> Iterator[None]:
+def held(folder: str | Path, name: str) -> Iterator[None]:
     """Hold a folder within the block, so that no second run writes over what the first one does.
 
-    Where nobody can hold one (Windows, some file systems of a network) nobody is kept out.
+    What a run left that was killed while it wrote the file `name` is removed. Where nobody can hold
+    a folder (Windows, some file systems of a network) nobody is kept out, and nothing is removed.
 
     Raises     ValueError if another process holds it, or another block of this one
     """
@@ -107,6 +108,9 @@ def held(folder: str | Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass
+        else:
+            for left in Path(folder).glob(f".{name}.*"):
+                left.unlink(missing_ok=True)
         yield
     finally:
         os.close(place)

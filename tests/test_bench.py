@@ -833,6 +833,14 @@ def steps(tmp_path_factory):
     return files.read_json(folder / "speed_steps.json")
 
 
+def test_steps_without_their_programs_are_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "ABLATION_WORKER", tmp_path / "not there")
+    arguments = ["bench", "--quick", "--only", "steps", "--out", str(tmp_path / "o")]
+    assert commands.main(arguments) == 1
+    assert "bench: the steps must have the programs of tests/benchmarks" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "o") == []
+
+
 def test_the_record_of_the_steps_has_each_for_the_models_that_it_concerns(steps):
     assert steps["study"] == "speed_steps" and "verdicts" not in steps
     row, mixtral, layer, narrow, update, text = steps["rows"]

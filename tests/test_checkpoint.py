@@ -15,7 +15,7 @@ import tiny
 
 from moe_numpy import files, tree
 from moe_numpy.config import SGD, LearnedNoise
-from moe_numpy.training import checkpoint, loop
+from moe_numpy.training import checkpoint, data, loop
 
 TREES = {"a": (np.arange(6.0).reshape(2, 3), None), "b": np.array([1, 2], np.uint16)}
 META = {"step": 7, "text": "\u03b1\u2603\U0001f600\n", "nested": {"list": [1, None]}}
@@ -319,6 +319,16 @@ def test_another_text_is_refused(tmp_path):
     loop.save_run(path, tiny.run())
     with pytest.raises(ValueError, match="must be the one that the run was started on"):
         loop.load_run(path, tiny.corpus(seed=1))
+
+
+def test_the_built_in_text_of_another_python_is_told(tmp_path):
+    path, other, mine = tmp_path / "run.npz", tiny.corpus(seed=1), tiny.run()
+    other, mine.corpus = (
+        dataclasses.replace(corpus, name=data.BUILT_IN) for corpus in (other, mine.corpus)
+    )
+    loop.save_run(path, mine)
+    with pytest.raises(ValueError, match=r"got .*\. It is made of .* the Python that began it\."):
+        loop.load_run(path, other)
 
 
 def test_the_same_text_cut_elsewhere_is_refused(tmp_path):

@@ -404,11 +404,11 @@ def test_what_cannot_be_written_is_told_before_anything_is_measured(command, tmp
 
 def test_two_runs_at_once_in_one_folder_are_refused(elsewhere, capsys):
     (elsewhere / "o").mkdir()
-    with files.held("o"):
+    with files.held("o", "checkpoint.npz"):
         out = main(capsys, "train", *tiny.FLAGS, "--text", "text", "--out", "o", status=1)
         assert "o must be of one run at a time, got another one at work" in out.err
     main(capsys, "train", *tiny.FLAGS, "--text", "text", "--out", "o")
-    with files.held("o"):
+    with files.held("o", "checkpoint.npz"):
         out = main(capsys, "train", "--resume", "o", status=1)
         assert "must be of one run at a time" in out.err
 

@@ -1,5 +1,6 @@
 """Many runs at once: how many processes there are, and what becomes of them if one dies."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -64,6 +65,23 @@ def test_a_killed_process_is_told_in_a_line_that_says_what_to_do():
     problem = r"study: every process must .* got the end of one of 2; .* fewer --processes\."
     with pytest.raises(ChildProcessError, match=problem):
         pool.run_all("study", signal.raise_signal, [(signal.SIGKILL,), (0,)], 1, 2, False)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no such signal")
+def test_the_processes_of_a_killed_study_end_too():
+    job = "import time; print('at work', flush=True); time.sleep(60)  # "
+    code = "from moe_numpy.lab import pool\n"
+    code += f"pool.run_all('t', exec, [({job + '1'!r},), ({job + '2'!r},)], 1, 2, False)"
+    study = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert [study.stdout.readline() for _ in range(2)] == [b"at work\n"] * 2
+        study.kill()
+        study.communicate(timeout=20)  # until nobody can write there any more
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows blocks no signals")

@@ -13,6 +13,8 @@ import pytest
 import tiny
 from test_commands import ROOT, complaint, elsewhere, main, run  # noqa: F401
 
+from moe_numpy import commands, files
+from moe_numpy.lab import plots
 from moe_numpy.training import checkpoint
 
 STEPS = 120
@@ -178,6 +180,39 @@ def test_what_cannot_draw_a_picture_does_not_begin_to_train(monkeypatch, tmp_pat
     done = run("train", *tiny.FLAGS, "--text", "text", "--out", "o", cwd=tmp_path)
     assert done.returncode == 1 and "'easel' is not a valid value" in complaint(done.stderr)
     assert not Path("o").exists()
+
+
+@pytest.mark.parametrize(
+    "study",
+    [("collapse", "--quick"), ("bench", "--quick"), ("systems", "mixtral_8x7b", "--train")],
+    ids=lambda study: study[0],
+)
+def test_what_cannot_draw_a_picture_does_not_begin_a_study(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("MPLBACKEND", "easel")
+    done = run(*study, "--out", "o", cwd=tmp_path, timeout=30)
+    assert done.returncode == 1 and "'easel' is not a valid value" in complaint(done.stderr)
+    assert not Path("o").exists() or not os.listdir("o")
+
+
+def test_a_record_is_there_before_its_picture(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "draw", lambda record: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        commands._keep({"study": "parity"}, tmp_path / "record.json")
+    assert files.read_json(tmp_path / "record.json") == {"study": "parity"}
+
+
+def test_what_a_killed_run_left_of_a_checkpoint_is_removed_by_the_next_one(tmp_path):
+    left, other = (tmp_path / f".{name}.npz.0123" for name in ("checkpoint", "mine"))
+    for path in (left, other, tmp_path / "checkpoint.npz"):
+        path.write_bytes(b"half")
+    with files.held(tmp_path, "checkpoint.npz"):
+        assert not left.exists()
+        left.write_bytes(b"of the run at work")
+        with pytest.raises(ValueError, match="one run at a time"):
+            with files.held(tmp_path, "checkpoint.npz"):
+                pass
+        assert left.exists()
+    assert other.exists() and (tmp_path / "checkpoint.npz").exists()
 
 
 def test_a_finished_run_keeps_its_time(uninterrupted, capsys):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -55,7 +57,9 @@ def run_all(
         except BrokenProcessPool:  # which has ended the others, too
             raise ChildProcessError(
                 f"{title}: every process must finish its runs, got the end of one of {workers}; "
-                "the system may have been short of memory. Start again with fewer --processes."
+                "the system may have been short of memory. Start again with fewer --processes. "
+                "(A program of yours must be a file, and call this under `if __name__ == "
+                "'__main__'`.)"
             ) from None
         except BaseException:  # Ctrl-C, or a run that failed: the others end at their next step
             stop.set()
@@ -83,8 +87,8 @@ def _start(
     return {pool.submit(work, *job): job for job in jobs}
 
 
-# Children count their steps in one shared number, which moves the parent's progress bar, and end
-# when the parent sets the event.
+# Children count their steps in one shared number, which moves the parent's progress bar. They end
+# when the parent sets the event, or is no more.
 
 _steps_done: Any = None
 _stop: Any = None
@@ -94,6 +98,13 @@ def _share(steps_done: Any, stop: Any) -> None:
     global _steps_done, _stop
     _steps_done, _stop = steps_done, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait until the parent has ended, as one that was killed could not end its children."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def count_step(_run: loop.Run) -> None:

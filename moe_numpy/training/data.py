@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_numpy.config import rules
 
+BUILT_IN = "built-in corpus"
 DOMAINS = ("english", "code", "arithmetic")
 PASSAGE = 1000  # characters of one domain before the next takes its turn
 
@@ -140,7 +141,7 @@ def default_corpus(characters: int = 300_000, seed: int = 0) -> Corpus:
     train, train_domain = _take_turns([text[:cut] for text in texts])
     validation, validation_domain = _take_turns([text[cut:share] for text in texts])
     labels = {"train_domain": train_domain, "validation_domain": validation_domain}
-    return _corpus("built-in corpus", ASCII_ALPHABET, train, validation, domains=DOMAINS, **labels)
+    return _corpus(BUILT_IN, ASCII_ALPHABET, train, validation, domains=DOMAINS, **labels)
 
 
 def text_corpus(path: str | Path, validation_fraction: float = 0.1) -> Corpus:

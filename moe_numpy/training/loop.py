@@ -260,10 +260,12 @@ def load_run(path: str | Path, corpus: data.Corpus) -> Run:
     with checkpoint.whole("load_run", path):
         sha256 = meta["corpus"]["sha256"]
         if sha256 != corpus.sha256:
+            advice = "Give the same file, or start a new run."
+            if corpus.name == meta["corpus"]["name"] == data.BUILT_IN:
+                advice = "It is made of Python's own files: go on with the Python that began it."
             raise ValueError(
                 f"load_run: the text must be the one that the run was started on (sha256 "
-                f"{sha256[:12]}...), got {corpus.sha256[:12]}.... "
-                "Give the same file, or start a new run."
+                f"{sha256[:12]}...), got {corpus.sha256[:12]}.... {advice}"
             )
         here = len(corpus.train)
         cut = meta["corpus"].get("train", here)  # which older checkpoints do not know
