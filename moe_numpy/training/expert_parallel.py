@@ -45,9 +45,10 @@ def expert_parallel(params: tree.Tree, rows: int, size: int) -> Iterator[tree.Tr
     Yields
     ------
     params
-        a copy in memory that the processes share: what writes to it is seen by all. The bits of a
-        layer are those of matrix products on one thread. Until the block ends, the caller's other
-        products have one thread, too, and `machine.workers` share nothing out.
+        a copy in memory that the processes share: what writes to it is seen by all. Until the
+        block ends, matrix products have one thread, the caller's others too (if threadpoolctl is
+        installed), and the bits of a layer are those of such products; `machine.workers` share
+        nothing out.
 
     Raises
     ------
